@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with python >= 3.11 and make:
+#   make demo   trains a small DLCM and its LLaMA baseline on real text, compares them, lets them speak
+#   make test   passes the test suite
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := runs/demo
+
+.PHONY: demo test lint types clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/installed
+	$(PY) -m train.prepare data/embedded.jsonl.xz --output $(DEMO)/data --tokenizer bpe:4096 --validation-fraction 0.05
+	$(PY) -m train.pretrain configs/demo/dlcm.yaml
+	$(PY) -m train.pretrain configs/demo/llama.yaml
+	$(PY) -m eval.compare $(DEMO)/dlcm $(DEMO)/llama
+
+test: $(VENV)/installed
+	$(PY) -m pytest -n 2 -q tests
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(DEMO)

@@ -1,0 +1,106 @@
+"""The LLaMA baseline, built from the very blocks of the DLCM's encoder and decoder.
+
+Same blocks, same packing, same parametrisation: a difference in loss is a difference of architecture.
+`to_llama()` hands the weights to `transformers`' own LLaMA, which is also the proof that the blocks are LLaMA's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
+
+from dlcm.blocks import TransformerStack
+from dlcm.causal_lm import PackedCausalLM, token_block_shape
+from dlcm.config import LlamaBaselineConfig
+
+
+@dataclass
+class LlamaBaselineOutput(ModelOutput):
+    """loss (equal to ce_loss) in nats if labels were given; logits (B, L, V)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    ce_loss: Tensor | None = None
+
+
+class LlamaBaselineForCausalLM(PackedCausalLM):
+    config_class = LlamaBaselineConfig
+    config: LlamaBaselineConfig
+
+    def __init__(self, config: LlamaBaselineConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_token)
+        self.decoder = TransformerStack(token_block_shape(config), config.num_layers)
+        self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool = True,
+    ) -> LlamaBaselineOutput | tuple:
+        """Arguments, losses and errors as in `DLCMForCausalLM.forward`."""
+        input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
+        h_TE = self.decoder(self.embed_tokens(input_ids_T), tokens)
+        logits_TV = self.unembed(self.decoder_norm(h_TE))
+        loss = None
+        if labels is not None:
+            loss = self.cross_entropy(logits_TV, rows.pack(labels), tokens, num_items_in_batch)
+        output = LlamaBaselineOutput(loss=loss, logits=rows.unpack(logits_TV), ce_loss=loss)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def to_llama(self) -> LlamaForCausalLM:
+        """The same model as `transformers`' LLaMA, with a copy of the weights.
+
+        Raises:
+            ValueError: qk_norm is on; LLaMA has none.
+        """
+        config = self.config
+        if config.qk_norm:
+            raise ValueError("to_llama() needs qk_norm=false: transformers' LLaMA has no RMSNorm on queries and keys")
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.d_token,
+                intermediate_size=config.token_ffn,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.token_heads,
+                num_key_value_heads=config.token_kv_heads,
+                max_position_embeddings=config.max_position_embeddings,
+                rms_norm_eps=config.rms_norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                tie_word_embeddings=False,
+                bos_token_id=config.bos_token_id,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            )
+        )
+        weights = {_llama_name(name): weight for name, weight in self.state_dict().items()}
+        weights["lm_head.weight"] = weights["lm_head.weight"] / config.token_width_multiplier  # muP's logit factor
+        llama.load_state_dict(weights)
+        nn.Module.to(llama, device=self.device, dtype=self.dtype)
+        return llama.train(self.training)
+
+
+def _llama_name(name: str) -> str:
+    if name == "lm_head.weight":
+        return name
+    for ours, theirs in (
+        ("decoder_norm", "norm"),
+        ("decoder.layers", "layers"),
+        ("attention_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        (".attention.", ".self_attn."),
+        (".ffn.", ".mlp."),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.{name}"

@@ -1,0 +1,116 @@
+"""The Transformer blocks of every stage: pre-norm self-attention with RoPE and SwiGLU, as in LLaMA.
+
+Encoder and decoder run them at token width (sections 3.2 and 3.5), the backbone at concept width (section 3.4),
+the baseline uses nothing else. T stands for whatever is packed: tokens or concepts. W is the width, F the SwiGLU
+width, H / K the query / key-value heads, N the head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dlcm.attention import causal_attention
+from dlcm.config import AttentionBackend
+from dlcm.layout import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """One stage's Transformer blocks."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    qk_norm: bool
+    rope_theta: float
+    norm_eps: float
+    backend: AttentionBackend
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (T, 1, N)
+
+
+def rope_tables(position_T: Tensor, head_dim: int, theta: float) -> Rope:
+    """Cosines and sines of the rotary embedding at the given positions (fp32)."""
+    exponent = torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim
+    angle_TN = torch.outer(position_T.float(), theta**-exponent).repeat(1, 2)
+    return angle_TN.cos()[:, None], angle_TN.sin()[:, None]
+
+
+def apply_rope(x_THN: Tensor, rope: Rope) -> Tensor:
+    """Rotates the pairs (i, i + N/2) of each head, in fp32 or wider; keeps the dtype."""
+    cos_T1N, sin_T1N = rope
+    first, second = x_THN.chunk(2, dim=-1)
+    rotated = x_THN * cos_T1N + torch.cat([-second, first], -1) * sin_T1N
+    return rotated.to(x_THN.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query causal self-attention over packed documents."""
+
+    def __init__(self, shape: BlockShape):
+        super().__init__()
+        self.shape = shape
+        kv_width = shape.kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.width, shape.width, bias=False)
+        self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
+        q_THN = rearrange(self.q_proj(x_TW), "T (H N) -> T H N", N=self.shape.head_dim)
+        k_TKN = rearrange(self.k_proj(x_TW), "T (K N) -> T K N", N=self.shape.head_dim)
+        v_TKN = rearrange(self.v_proj(x_TW), "T (K N) -> T K N", N=self.shape.head_dim)
+        q_THN = apply_rope(self.q_norm(q_THN), rope).to(v_TKN.dtype)
+        k_TKN = apply_rope(self.k_norm(k_TKN), rope).to(v_TKN.dtype)
+        mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.shape.backend)
+        return self.o_proj(rearrange(mixed_THN, "T H N -> T (H N)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, shape: BlockShape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.width, shape.ffn, bias=False)
+        self.up_proj = nn.Linear(shape.width, shape.ffn, bias=False)
+        self.down_proj = nn.Linear(shape.ffn, shape.width, bias=False)
+
+    def forward(self, x_TW: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TW)) * self.up_proj(x_TW))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: BlockShape):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.attention = SelfAttention(shape)
+        self.ffn_norm = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.ffn = SwiGLU(shape)
+
+    def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
+        x_TW = x_TW + self.attention(self.attention_norm(x_TW), rope, layout)
+        return x_TW + self.ffn(self.ffn_norm(x_TW))
+
+
+class TransformerStack(nn.Module):
+    """`num_layers` blocks over packed documents, causal; the residual stream goes in and comes out un-normed."""
+
+    def __init__(self, shape: BlockShape, num_layers: int):
+        super().__init__()
+        self.shape = shape
+        self.layers = nn.ModuleList(Block(shape) for _ in range(num_layers))
+
+    def forward(self, x_TW: Tensor, layout: PackedLayout) -> Tensor:
+        rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.rope_theta)
+        for layer in self.layers:
+            x_TW = layer(x_TW, rope, layout)
+        return x_TW

@@ -1,0 +1,95 @@
+"""Where concepts begin: boundary probabilities and decisions (section 3.3.1, Eq. 5-6).
+
+A boundary is a discrete decision on p_t, the cosine distance between a projection of the previous token's state
+and one of this token's. No gradient of the language-model loss flows through the decision: the projections learn
+through the ratio loss on p alone (see global_parser.py).
+
+    learned  p from projections W_q, W_k; sharpened Bernoulli draw in training, threshold at inference
+    rule     p from the encoder states themselves, threshold always (section 8.1)
+    fixed    every R tokens; the control
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlcm.config import DLCMConfig
+from dlcm.layout import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """What a detector decides. The first token of a document has p = 1 and is a boundary.
+
+    Attributes:
+        probability_T: p_t, fp32 or wider, with gradient.
+        boundary_T: b_t, bool.
+    """
+
+    probability_T: Tensor
+    boundary_T: Tensor
+
+
+def cosine_boundary_probability(q_TS: Tensor, k_TS: Tensor, tokens: PackedLayout) -> Tensor:
+    """p_t = (1 - cos(q_{t-1}, k_t)) / 2 (Eq. 5), 1 at the first token of every document; in fp32 or wider."""
+    q_TS, k_TS = (x.float() if x.dtype.itemsize < 4 else x for x in (q_TS, k_TS))
+    cosine_T = F.cosine_similarity(q_TS.roll(1, 0), k_TS, dim=-1)
+    probability_T = ((1 - cosine_T) / 2).clamp(0, 1)  # rounding may leave the interval
+    return torch.where(tokens.is_first_T, torch.ones_like(probability_T), probability_T)
+
+
+def sharpen(probability_T: Tensor, sharpening: float) -> Tensor:
+    """Raises the odds p / (1 - p) to a power: 1 leaves p as it is, large values approach the threshold at 1/2."""
+    return torch.sigmoid(sharpening * torch.logit(probability_T))
+
+
+class LearnedDetector(nn.Module):
+    """Eq. 5-6. Sampling needs no state of its own: draws come from the generator that `forward` is given."""
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        self.q_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
+        self.k_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
+        self.threshold = config.threshold
+        self.sharpening = config.sharpening
+
+    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
+        probability_T = cosine_boundary_probability(self.q_proj(h_TE), self.k_proj(h_TE), tokens)
+        if not self.training:
+            return Boundaries(probability_T, probability_T >= self.threshold)
+        with torch.no_grad():
+            device = h_TE.device if generator is None else generator.device
+            uniform_T = torch.rand(tokens.total, generator=generator, device=device).to(h_TE.device)
+            return Boundaries(probability_T, uniform_T < sharpen(probability_T, self.sharpening))
+
+
+class RuleDetector(nn.Module):
+    """Section 8.1: distance of neighbouring encoder states against a threshold, no projection, no sampling."""
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        self.threshold = config.threshold
+
+    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
+        probability_T = cosine_boundary_probability(h_TE, h_TE, tokens)
+        return Boundaries(probability_T, probability_T >= self.threshold)
+
+
+class FixedDetector(nn.Module):
+    """A boundary every R tokens, R not necessarily whole; probabilities are 0 or 1."""
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        self.ratio = config.target_ratio
+
+    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
+        position_T = tokens.position_T.double()
+        boundary_T = (position_T / self.ratio).floor() > ((position_T - 1) / self.ratio).floor()
+        dtype = torch.promote_types(h_TE.dtype, torch.float32)
+        return Boundaries(boundary_T.to(dtype), boundary_T)
+
+
+Detector = LearnedDetector | RuleDetector | FixedDetector
+DETECTORS: dict[str, type[Detector]] = {"learned": LearnedDetector, "rule": RuleDetector, "fixed": FixedDetector}

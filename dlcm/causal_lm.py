@@ -1,0 +1,104 @@
+"""What the DLCM and its baseline share as language models: the door to packed rows, the loss, generation.
+
+A padded (B, L) batch is packed at the door and padded again on the way out; inside there are only packed documents.
+So rows, packed documents and padding cannot differ, and there is no second code path to keep right.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from dlcm import mup
+from dlcm.blocks import BlockShape
+from dlcm.config import TokenBlocksConfig
+from dlcm.layout import PackedLayout, RowLayout
+
+IGNORED = -100  # label of positions without a target, as everywhere in transformers
+
+
+class PackedCausalLM(PreTrainedModel, GenerationMixin):
+    """Base class: subclasses define `embed_tokens`, `lm_head` and what lies between."""
+
+    config: TokenBlocksConfig
+    embed_tokens: nn.Embedding
+    lm_head: nn.Linear
+
+    def initialize_weights(self) -> None:
+        """Draws what no checkpoint has filled (hook of transformers; roles follow from the whole model's names)."""
+        mup.initialize_(self, self.config)
+
+    def open_rows(
+        self,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> tuple[Tensor, RowLayout, PackedLayout]:
+        """The packed row (T,), the way back to (B, L), and the documents.
+
+        Raises:
+            ValueError: both a mask and `cu_seqlens`, several packed rows, an empty row or document, or a document
+                longer than `max_position_embeddings`.
+        """
+        if cu_seqlens is not None:
+            if attention_mask_BL is not None:
+                raise ValueError("give either attention_mask (padded rows) or cu_seqlens (one packed row), not both")
+            if input_ids_BL.shape[0] != 1:
+                raise ValueError(f"cu_seqlens describes one packed row, got a batch of {input_ids_BL.shape[0]}")
+            rows, _ = RowLayout.full(*input_ids_BL.shape)
+        elif attention_mask_BL is not None:
+            if attention_mask_BL.shape != input_ids_BL.shape:
+                raise ValueError(
+                    f"attention_mask of shape {tuple(attention_mask_BL.shape)} does not fit "
+                    f"input_ids of shape {tuple(input_ids_BL.shape)}"
+                )
+            rows, cu_seqlens = RowLayout.from_mask(attention_mask_BL)
+        else:
+            rows, cu_seqlens = RowLayout.full(*input_ids_BL.shape)
+        input_ids_T = rows.pack(input_ids_BL)
+        layout = PackedLayout.from_cu_seqlens(cu_seqlens, len(input_ids_T), max_seqlen, input_ids_T.device)
+        if layout.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a document of {layout.max_seqlen} tokens is longer than "
+                f"max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        return input_ids_T, rows, layout
+
+    def unembed(self, h_TE: Tensor) -> Tensor:
+        """Logits (T, V), multiplied by 1 / s_token (section 6.1)."""
+        return self.lm_head(h_TE) / self.config.token_width_multiplier
+
+    @staticmethod
+    def cross_entropy(
+        logits_TV: Tensor, labels_T: Tensor, layout: PackedLayout, num_items: int | Tensor | None
+    ) -> Tensor:
+        """Next-token loss inside each document, in nats: the sum over valid targets, divided by `num_items`.
+
+        Without `num_items`, it is divided by the number of valid targets, at least 1.
+        """
+        target_T = labels_T.roll(-1)
+        target_T[layout.cu_seqlens_D1[1:].long() - 1] = IGNORED  # the last token of a document predicts nothing
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        total = F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORED, reduction="sum")
+        return total / ((target_T != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
+        """Every step is a full forward over the whole prefix (hook of transformers' `generate`)."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+
+
+def token_block_shape(config: TokenBlocksConfig) -> BlockShape:
+    """The token-width blocks of encoder, decoder and baseline."""
+    return BlockShape(
+        width=config.d_token,
+        heads=config.token_heads,
+        kv_heads=config.token_kv_heads or config.token_heads,
+        ffn=config.token_ffn,
+        qk_norm=config.qk_norm,
+        rope_theta=config.rope_theta,
+        norm_eps=config.rms_norm_eps,
+        backend=config.attention_backend,
+    )

@@ -1,0 +1,56 @@
+"""From tokens to concepts (section 3.3.2, Eq. 7) and between neighbouring concepts (section 3.5.1, Eq. 11)."""
+
+import torch
+from torch import Tensor, nn
+
+from dlcm.config import DLCMConfig
+from dlcm.layout import ConceptLayout, PackedLayout
+
+
+def segment_mean(h_TE: Tensor, layout: ConceptLayout) -> Tensor:
+    """Mean of the states of each concept's tokens, (M, E), in fp32 or wider.
+
+    A reduction over contiguous segments: no loop, no padding, no atomics. (Differences of a running sum would be
+    simpler still, but carry every earlier document's rounding, and its infinities, into this one.)
+    """
+    h_TE = h_TE.float() if h_TE.dtype.itemsize < 4 else h_TE
+    return torch.segment_reduce(h_TE, "mean", lengths=layout.length_M, axis=0, unsafe=True)
+
+
+class ConceptPooling(nn.Module):
+    """c_k = W_up mean_{t in S_k} h_t (Eq. 7): (T, E) to (M, C)."""
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_token, config.d_concept, bias=False)
+
+    def forward(self, h_TE: Tensor, layout: ConceptLayout) -> Tensor:
+        return self.up_proj(segment_mean(h_TE, layout))
+
+
+class AdjacentSmoothing(nn.Module):
+    """A light causal blend of each concept with its predecessor in the document (Eq. 11 leaves the module open).
+
+    z_k + mix * (z_{k-1} - z_k) with one learned `mix` per channel, zero at the start: smoothing begins as the
+    identity, and never looks ahead.
+    """
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(config.d_concept))
+
+    def forward(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+        previous_MC = torch.where(concepts.is_first_T[:, None], z_MC, z_MC.roll(1, 0))
+        return z_MC + self.mix * (previous_MC - z_MC)
+
+
+class NoSmoothing(nn.Module):
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+
+    def forward(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+        return z_MC
+
+
+Smoother = AdjacentSmoothing | NoSmoothing
+SMOOTHERS: dict[str, type[Smoother]] = {"adjacent": AdjacentSmoothing, "none": NoSmoothing}

@@ -1,0 +1,180 @@
+"""Model configurations, checked before anything is allocated.
+
+`DLCMConfig` holds the choices of the paper's section 3 and Table 3; `LlamaBaselineConfig` the same token
+blocks without concepts. Both are `transformers` configurations: they save to and load from `config.json`,
+and a key that is not a field is an error.
+"""
+
+import difflib
+import math
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+Segmenter = Literal["learned", "rule", "fixed"]
+Visibility = Literal["closed", "inclusive"]
+Smoothing = Literal["adjacent", "none"]
+ParserScope = Literal["global", "sequence"]
+AttentionBackend = Literal["auto", "flash_attn", "torch_varlen", "sdpa"]
+
+
+@strict
+class TokenBlocksConfig(PreTrainedConfig):
+    """What both models share: vocabulary, token-width Transformer blocks, initialisation, attention backend."""
+
+    vocab_size: int = 32768
+    d_token: int = 512
+    token_heads: int = 8
+    token_kv_heads: int | None = None  # None: as many as token_heads
+    token_ffn: int = 1536  # SwiGLU width
+    qk_norm: bool = False  # RMSNorm on queries and keys of self-attention (LLaMA has none)
+    max_position_embeddings: int = 2048  # longest document, in tokens
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02  # sigma_base of section 6.1, at mup_base_width
+    mup_base_width: int | None = 256  # d_base of section 6.1; None is the standard parametrisation
+    attention_backend: AttentionBackend = "auto"
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = False  # read by transformers' generate(): there is no cache, every step is a full forward
+
+    def __post_init__(self, **kwargs: Any):
+        self._reject_unknown(kwargs)
+        if self.token_kv_heads is None:
+            self.token_kv_heads = self.token_heads
+        super().__post_init__(**kwargs)
+
+    def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
+        known = {field.name for field in fields(self)}
+        legacy = {"torch_dtype", "num_labels", "name_or_path", "model_type", "rope_parameters"}
+        generation = set(GenerationConfig().to_dict())  # popped by transformers, never stored
+        for name in kwargs:
+            if name not in known | legacy | generation and not name.startswith("_"):
+                near = difflib.get_close_matches(name, sorted(known), n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise ValueError(f"{type(self).__name__} has no field '{name}'{hint}")
+
+    @property
+    def token_head_dim(self) -> int:
+        return self.d_token // self.token_heads
+
+    @property
+    def token_kv_width(self) -> int:
+        return (self.token_kv_heads or self.token_heads) * self.token_head_dim
+
+    @property
+    def token_width_multiplier(self) -> float:
+        """s_token = d_token / d_base (section 6.1); 1 under the standard parametrisation."""
+        return self.d_token / self.mup_base_width if self.mup_base_width else 1.0
+
+    def validate_architecture(self) -> None:
+        """Rejects impossible combinations (called by `strict` after every construction)."""
+        _check_positive(self, "vocab_size", "d_token", "token_ffn", "max_position_embeddings")
+        _check_heads("token", self.d_token, self.token_heads, self.token_kv_heads)
+        if self.mup_base_width is not None:
+            _check_positive(self, "mup_base_width")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=true is not supported: the paper's embeddings are untied")
+        if self.use_cache:
+            raise ValueError("use_cache=true is not supported: this model decodes without a cache")
+
+
+@strict
+class LlamaBaselineConfig(TokenBlocksConfig):
+    """The LLaMA baseline: `num_layers` token blocks between embedding and unembedding."""
+
+    model_type = "dlcm_llama_baseline"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_token",
+        "num_attention_heads": "token_heads",
+        "num_hidden_layers": "num_layers",
+    }
+
+    num_layers: int = 12
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        _check_positive(self, "num_layers")
+
+
+@strict
+class DLCMConfig(TokenBlocksConfig):
+    """A Dynamic Large Concept Model: encoder, boundary detector, concept backbone, decoder (section 3)."""
+
+    model_type = "dlcm"
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_token", "num_attention_heads": "token_heads"}
+
+    d_concept: int = 1024
+    encoder_layers: int = 4
+    backbone_layers: int = 6
+    decoder_layers: int = 2
+    concept_heads: int = 16
+    concept_kv_heads: int | None = None  # None: as many as concept_heads
+    concept_ffn: int = 3072
+
+    target_ratio: float = 4.0  # R, tokens per concept
+    segmenter: Segmenter = "learned"
+    d_scan: int | None = None  # width of the boundary queries and keys; None: d_token
+    threshold: float = 0.5  # a boundary where p >= threshold (learned: at inference; rule: always)
+    sharpening: float = 1.0  # exponent on the odds of p before the training-time Bernoulli draw
+    visibility: Visibility = "closed"
+    smoothing: Smoothing = "adjacent"
+    cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
+
+    aux_loss_weight: float = 0.03  # lambda
+    parser_scope: ParserScope = "global"  # statistics of the ratio loss; "sequence" is the ablation
+
+    def __post_init__(self, **kwargs: Any):
+        if self.concept_kv_heads is None:
+            self.concept_kv_heads = self.concept_heads
+        if self.d_scan is None:
+            self.d_scan = self.d_token
+        super().__post_init__(**kwargs)
+
+    @property
+    def scan_width(self) -> int:
+        return self.d_scan or self.d_token
+
+    @property
+    def concept_head_dim(self) -> int:
+        return self.d_concept // self.concept_heads
+
+    @property
+    def concept_width_multiplier(self) -> float:
+        """s_concept = d_concept / d_base (section 6.1); 1 under the standard parametrisation."""
+        return self.d_concept / self.mup_base_width if self.mup_base_width else 1.0
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        _check_positive(self, "d_concept", "concept_ffn", "encoder_layers", "backbone_layers", "decoder_layers")
+        _check_positive(self, "d_scan", "sharpening")
+        _check_heads("concept", self.d_concept, self.concept_heads, self.concept_kv_heads)
+        if not (math.isfinite(self.target_ratio) and self.target_ratio >= 1):
+            raise ValueError(f"target_ratio={self.target_ratio} must be at least 1 token per concept")
+        if self.target_ratio == 1 and self.segmenter != "fixed":
+            raise ValueError(
+                f"target_ratio=1 needs segmenter='fixed': the ratio loss of '{self.segmenter}' divides by R - 1"
+            )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} must lie between 0 and 1")
+        if not self.aux_loss_weight >= 0:
+            raise ValueError(f"aux_loss_weight={self.aux_loss_weight} must not be negative")
+
+
+def _check_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be positive")
+
+
+def _check_heads(stage: str, width: int, heads: int, kv_heads: int | None) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"d_{stage}={width} is not a multiple of {stage}_heads={heads}")
+    if (width // heads) % 2:
+        raise ValueError(f"d_{stage} / {stage}_heads = {width // heads} must be even: RoPE rotates pairs")
+    if not kv_heads or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{stage}_heads={heads} is not a multiple of {stage}_kv_heads={kv_heads}")

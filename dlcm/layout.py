@@ -1,0 +1,194 @@
+"""All index arithmetic of the project: packed documents, and the ragged geometry of their concepts.
+
+Inside the models everything is packed: one row of T tokens that holds D documents. `RowLayout` is the door
+between (B, L) rows and that row, `PackedLayout` describes documents in a packed row (of tokens or of
+concepts), and `ConceptLayout` says which tokens make up a concept and which concepts a token may see.
+Causality lives in one function, `ConceptLayout.from_boundaries`: pooling, backbone, cross-attention and
+analysis read their geometry from it and never recompute it.
+
+Legend: T tokens, D documents, M concepts of all documents, S = M + D slots (each document's concepts behind
+one null slot), B x L padded rows; D1 stands for D + 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlcm.config import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Documents laid end to end in one row (section 4).
+
+    Attributes:
+        cu_seqlens_D1: int32, where each document begins; the last entry is the row's length.
+        position_T: index of each element within its document.
+        document_T: index of each element's document.
+        max_seqlen: length of the longest document, on the host.
+    """
+
+    cu_seqlens_D1: Tensor
+    position_T: Tensor
+    document_T: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens_D1: Tensor,
+        total: int,
+        max_seqlen: int | None = None,
+        device: torch.device | None = None,
+    ) -> "PackedLayout":
+        """Layout of `total` elements cut at `cu_seqlens_D1`.
+
+        Given on the CPU, or with `max_seqlen`, it costs no device synchronisation. Values are checked where
+        that is free, on the CPU.
+
+        Raises:
+            ValueError: `cu_seqlens_D1` does not start at 0, increase strictly and end at `total`.
+        """
+        if cu_seqlens_D1.device.type == "cpu":
+            lengths = cu_seqlens_D1.diff()
+            if cu_seqlens_D1[0] != 0 or cu_seqlens_D1[-1] != total or bool((lengths <= 0).any()):
+                raise ValueError(
+                    f"cu_seqlens must start at 0, increase strictly (no empty document) and end at {total}, "
+                    f"got {cu_seqlens_D1.tolist()}"
+                )
+            max_seqlen = int(lengths.max())
+        elif max_seqlen is None:
+            max_seqlen = int(cu_seqlens_D1.diff().max())
+        cu_seqlens_D1 = cu_seqlens_D1.to(device=device, dtype=torch.int32, non_blocking=True)
+        starts_D = cu_seqlens_D1[:-1].long()
+        index_T = torch.arange(total, device=starts_D.device)
+        document_T = torch.bucketize(index_T, starts_D, right=True) - 1
+        return cls(cu_seqlens_D1, index_T - starts_D[document_T], document_T, max_seqlen)
+
+    @property
+    def total(self) -> int:
+        return self.position_T.shape[0]
+
+    @property
+    def num_documents(self) -> int:
+        return self.cu_seqlens_D1.shape[0] - 1
+
+    @property
+    def is_first_T(self) -> Tensor:
+        return self.position_T == 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """The door between (B, L) rows and the packed row: padding is dropped on the way in, restored on the way out."""
+
+    shape: tuple[int, int]
+    index_T: Tensor | None  # flat position of each real token; None when no row has padding
+
+    @classmethod
+    def from_mask(cls, attention_mask_BL: Tensor) -> tuple["RowLayout", Tensor]:
+        """The layout of the rows' real tokens, and their `cu_seqlens` (on the CPU).
+
+        Raises:
+            ValueError: a row without any real token.
+        """
+        mask_BL = attention_mask_BL.bool()
+        lengths_B = mask_BL.sum(1).cpu()
+        if bool((lengths_B == 0).any()):
+            raise ValueError(f"row {int((lengths_B == 0).nonzero()[0])} of attention_mask has no token")
+        batch, length = mask_BL.shape
+        index_T = mask_BL.flatten().nonzero().squeeze(1)
+        return cls((batch, length), index_T), _cumulative(lengths_B)
+
+    @classmethod
+    def full(cls, batch: int, length: int) -> tuple["RowLayout", Tensor]:
+        """The layout of rows without padding, and their `cu_seqlens` (on the CPU)."""
+        return cls((batch, length), None), torch.arange(batch + 1, dtype=torch.int32) * length
+
+    def pack(self, x_BL: Tensor) -> Tensor:
+        """(B, L) to (T,)."""
+        x = x_BL.flatten()
+        return x if self.index_T is None else x[self.index_T]
+
+    def unpack(self, x_T: Tensor) -> Tensor:
+        """(T, ...) to (B, L, ...), zero (or False) on padding."""
+        if self.index_T is None:
+            return x_T.view(*self.shape, *x_T.shape[1:])
+        padded = x_T.new_zeros(self.shape[0] * self.shape[1], *x_T.shape[1:])
+        return padded.index_copy(0, self.index_T, x_T).view(*self.shape, *x_T.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptLayout:
+    """Which tokens make up each concept, and which concepts each token may see.
+
+    A document with concepts c_0 .. c_m has the slots [null, c_0, .., c_m]; a token sees a prefix of them that
+    ends at `slot_T`. Six tokens whose boundaries are b = 1 0 1 0 0 1:
+
+        token              0    1    2    3    4    5
+        closed     concept 0    0    1    1    1    2      a boundary opens its segment
+                   sees    -    -    c0   c0   c0   c0-1
+        inclusive  concept 0    1    1    2    2    2      a boundary ends its segment, and sees it
+                   sees    c0   c0   c0-1 c0-1 c0-1 c0-2
+
+    Attributes:
+        tokens, concepts: the documents, measured in tokens and in concepts.
+        segment_T: index of the concept each token belongs to.
+        length_M: tokens in each concept.
+        last_M: index (in the packed row) of each concept's last token.
+        cu_slots_D1: int32, where each document's slots begin.
+        slot_M: slot of each concept. The slot of a document's "no concept yet" is `cu_slots_D1[d]`.
+        slot_T: newest slot each token may see.
+    """
+
+    tokens: PackedLayout
+    concepts: PackedLayout
+    segment_T: Tensor
+    length_M: Tensor
+    last_M: Tensor
+    cu_slots_D1: Tensor
+    slot_M: Tensor
+    slot_T: Tensor
+
+    @classmethod
+    def from_boundaries(cls, tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility) -> "ConceptLayout":
+        """The geometry that boundaries give (sections 3.3.2 and 3.5.2), made strictly causal.
+
+        Everything a token may see is decided by boundaries at or before it: `closed`, a boundary at t says
+        that the segment before t ended; `inclusive`, that it ends with t. One host synchronisation (the number
+        of concepts, which shapes everything after it).
+        """
+        after_T = boundary_T if visibility == "closed" else boundary_T.roll(1)  # a boundary lies just before t
+        segment_T = (after_T | tokens.is_first_T).cumsum(0) - 1
+
+        last_token_D = tokens.cu_seqlens_D1[1:].long() - 1
+        ends_D = segment_T[last_token_D] + 1
+        cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))
+        num_concepts, max_concepts = torch.stack([ends_D[-1], cu_concepts_D1.diff().max()]).tolist()  # the sync
+
+        concepts = PackedLayout.from_cu_seqlens(cu_concepts_D1.to(torch.int32), num_concepts, max_concepts)
+        length_M = torch.zeros_like(concepts.position_T).scatter_add_(0, segment_T, torch.ones_like(segment_T))
+        cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
+        slot_M = cu_slots_D1[concepts.document_T] + 1 + concepts.position_T
+        closed_T = segment_T - cu_concepts_D1[tokens.document_T]  # concepts of the document that are closed at t
+        if visibility == "inclusive":
+            closed_T = closed_T + boundary_T
+        return cls(
+            tokens=tokens,
+            concepts=concepts,
+            segment_T=segment_T,
+            length_M=length_M,
+            last_M=length_M.cumsum(0) - 1,
+            cu_slots_D1=cu_slots_D1.to(torch.int32),
+            slot_M=slot_M,
+            slot_T=cu_slots_D1[tokens.document_T] + closed_T,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return self.concepts.total + self.concepts.num_documents
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,151 @@
+"""Decoupled muP (section 6.1): every parameter has a role; the role gives its initialisation and its optimiser group.
+
+Token width and concept width grow independently: s_token = d_token / d_base, s_concept = d_concept / d_base. For
+a matrix whose *fan-in* has width multiplier s: init variance sigma_base^2 / s, learning rate eta_base / s, AdamW
+epsilon eps_base / s. Mixed-width matrices follow their fan-in, so W_up (token to concept) scales with s_token, and
+the keys and values of cross-attention (concept to token heads) with s_concept. Embedding and unembedding keep their
+variance and rate, logits are multiplied by 1 / s_token; vectors (norm gains, the null slot, smoothing) keep both.
+
+Roles follow from parameter *names* alone, so they survive torch.compile, data-parallel wrapping and sharding.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from dlcm.config import DLCMConfig, TokenBlocksConfig
+
+RateGroup = Literal["token", "concept", "other"]
+Initialisation = Literal["normal", "unit_normal", "identity", "ones", "zeros"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a parameter is.
+
+    Attributes:
+        name: names the optimiser group.
+        rate: which base learning rate applies.
+        fan_in: which width multiplier applies: of the tokens, of the concepts, or none.
+        initialisation: `normal` has standard deviation initializer_range / sqrt(s).
+        decays: whether weight decay applies.
+    """
+
+    name: str
+    rate: RateGroup
+    fan_in: Literal["token", "concept"] | None
+    initialisation: Initialisation = "normal"
+    decays: bool = True
+
+    def width_multiplier(self, config: TokenBlocksConfig) -> float:
+        if self.fan_in == "concept":
+            assert isinstance(config, DLCMConfig)
+            return config.concept_width_multiplier
+        return config.token_width_multiplier if self.fan_in == "token" else 1.0
+
+
+EMBEDDING = Role("embedding", "other", None, decays=False)
+UNEMBEDDING = Role("unembedding", "other", None)
+TOKEN_MATRIX = Role("token_matrix", "token", "token")
+CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
+# W_q = W_k = 1 at the start makes p the distance of neighbouring encoder states, so that boundaries begin meaningful
+BOUNDARY_MATRIX = Role("boundary_matrix", "token", "token", "identity", decays=False)
+GAIN = Role("gain", "other", None, "ones", decays=False)
+SMOOTHING = Role("smoothing", "other", None, "zeros", decays=False)
+NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
+
+# The first pattern that matches a parameter's name decides.
+ROLES: tuple[tuple[str, Role], ...] = (
+    ("embed_tokens.weight", EMBEDDING),
+    ("lm_head.weight", UNEMBEDDING),
+    ("*norm.weight", GAIN),
+    ("smoothing.mix", SMOOTHING),
+    ("cross_attention.null_slot", NULL_SLOT),
+    ("detector.?_proj.weight", BOUNDARY_MATRIX),
+    ("pooling.up_proj.weight", TOKEN_MATRIX),
+    ("cross_attention.q_proj.weight", TOKEN_MATRIX),
+    ("cross_attention.o_proj.weight", TOKEN_MATRIX),
+    ("cross_attention.[kv]_proj.weight", CONCEPT_MATRIX),
+    ("backbone.layers.*_proj.weight", CONCEPT_MATRIX),
+    ("encoder.layers.*_proj.weight", TOKEN_MATRIX),
+    ("decoder.layers.*_proj.weight", TOKEN_MATRIX),
+)
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def role_of(name: str) -> Role:
+    """The role of the parameter called `name`, whatever wrappers have added to the name.
+
+    Raises:
+        KeyError: no pattern of `ROLES` matches: a new parameter needs a line there.
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    for pattern, role in ROLES:
+        if fnmatchcase(name, pattern):
+            return role
+    raise KeyError(f"parameter '{name}' has no muP role: add a pattern for it to dlcm.mup.ROLES")
+
+
+@torch.no_grad()
+def initialize_(model: nn.Module, config: TokenBlocksConfig) -> None:
+    """Draws every parameter by its role (parameters already loaded from a checkpoint are left alone)."""
+    for name, parameter in model.named_parameters():
+        role = role_of(name)
+        match role.initialisation:
+            case "normal":
+                init.normal_(parameter, std=config.initializer_range / role.width_multiplier(config) ** 0.5)
+            case "unit_normal":
+                init.normal_(parameter, std=1.0)
+            case "identity":
+                init.copy_(parameter, torch.eye(*parameter.shape, device=parameter.device))
+            case "ones":
+                init.ones_(parameter)
+            case "zeros":
+                init.zeros_(parameter)
+
+
+def parameter_groups(
+    named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    config: TokenBlocksConfig,
+    *,
+    lr_token: float,
+    lr_concept: float | None,
+    lr_other: float,
+    eps: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups for `torch.optim.AdamW`, one per role, with the learning rate and epsilon that section 6.1 gives it.
+
+    AdamW shrinks weights by lr * weight_decay a step; since lr falls as 1 / s, weight_decay grows as s, so that
+    the time constant of the decay does not depend on width.
+
+    Args:
+        named_parameters: a model (wrapped or not), or its named parameters.
+        config: the model's configuration.
+        lr_token, lr_concept, lr_other: base learning rates of token matrices, concept matrices, and the rest
+            (`lr_concept` is None for a model without concepts).
+        eps, weight_decay: base values.
+
+    Raises:
+        KeyError: a parameter without a role.
+        ValueError: a model with concepts and no `lr_concept`.
+    """
+    if isinstance(named_parameters, nn.Module):
+        named_parameters = named_parameters.named_parameters()
+    rates = {"token": lr_token, "concept": lr_concept, "other": lr_other}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        role = role_of(name)
+        rate = rates[role.rate]
+        if rate is None:
+            raise ValueError(f"parameter '{name}' belongs to the concepts: lr_concept must be given")
+        s = role.width_multiplier(config)
+        group = {"lr": rate / s, "eps": eps / s, "weight_decay": weight_decay * s if role.decays else 0.0}
+        groups.setdefault(role.name, {"name": role.name, "params": [], **group})["params"].append(parameter)
+    return list(groups.values())
