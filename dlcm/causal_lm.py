@@ -69,7 +69,7 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin):
 
     def unembed(self, h_TE: Tensor) -> Tensor:
         """Logits (T, V), multiplied by 1 / s_token (section 6.1)."""
-        return self.lm_head(h_TE) / self.config.token_width_multiplier
+        return self.lm_head(h_TE / self.config.token_width_multiplier)  # the small side of the product
 
     @staticmethod
     def cross_entropy(

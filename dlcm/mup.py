@@ -20,7 +20,7 @@ from transformers import initialization as init
 
 from dlcm.config import DLCMConfig, TokenBlocksConfig
 
-RateGroup = Literal["token", "concept", "other"]
+RateGroup = Literal["token", "concept", "boundary", "other"]
 Initialisation = Literal["normal", "unit_normal", "identity", "ones", "zeros"]
 
 
@@ -53,8 +53,10 @@ EMBEDDING = Role("embedding", "other", None, decays=False)
 UNEMBEDDING = Role("unembedding", "other", None)
 TOKEN_MATRIX = Role("token_matrix", "token", "token")
 CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
-# W_q = W_k = 1 at the start makes p the distance of neighbouring encoder states, so that boundaries begin meaningful
-BOUNDARY_MATRIX = Role("boundary_matrix", "token", "token", "identity", decays=False)
+# W_q = W_k = 1 at the start makes p the distance of neighbouring encoder states, so that boundaries begin meaningful.
+# The ratio loss pushes every p the same way; at the rate of other matrices W_q and W_k answer it by squeezing all p
+# together, where the threshold cuts noise. A rate 10 to 30 times lower keeps p spread out.
+BOUNDARY_MATRIX = Role("boundary_matrix", "boundary", "token", "identity", decays=False)
 GAIN = Role("gain", "other", None, "ones", decays=False)
 SMOOTHING = Role("smoothing", "other", None, "zeros", decays=False)
 NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
@@ -116,6 +118,7 @@ def parameter_groups(
     *,
     lr_token: float,
     lr_concept: float | None,
+    lr_boundary: float | None,
     lr_other: float,
     eps: float,
     weight_decay: float,
@@ -128,23 +131,23 @@ def parameter_groups(
     Args:
         named_parameters: a model (wrapped or not), or its named parameters.
         config: the model's configuration.
-        lr_token, lr_concept, lr_other: base learning rates of token matrices, concept matrices, and the rest
-            (`lr_concept` is None for a model without concepts).
+        lr_token, lr_concept, lr_boundary, lr_other: base learning rates of token matrices, concept matrices, the
+            boundary detector's projections, and the rest; None where the model has no such parameters.
         eps, weight_decay: base values.
 
     Raises:
         KeyError: a parameter without a role.
-        ValueError: a model with concepts and no `lr_concept`.
+        ValueError: the model has parameters whose rate is None.
     """
     if isinstance(named_parameters, nn.Module):
         named_parameters = named_parameters.named_parameters()
-    rates = {"token": lr_token, "concept": lr_concept, "other": lr_other}
+    rates = {"token": lr_token, "concept": lr_concept, "boundary": lr_boundary, "other": lr_other}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         role = role_of(name)
         rate = rates[role.rate]
         if rate is None:
-            raise ValueError(f"parameter '{name}' belongs to the concepts: lr_concept must be given")
+            raise ValueError(f"parameter '{name}' needs lr_{role.rate}, which is None")
         s = role.width_multiplier(config)
         group = {"lr": rate / s, "eps": eps / s, "weight_decay": weight_decay * s if role.decays else 0.0}
         groups.setdefault(role.name, {"name": role.name, "params": [], **group})["params"].append(parameter)
