@@ -53,6 +53,13 @@ def apply_rope(x_THN: Tensor, rope: Rope) -> Tensor:
     return rotated.to(x_THN.dtype)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the head dimension in the gain's dtype: under autocast, heads arrive in bf16, gains are fp32."""
+
+    def forward(self, x_THN: Tensor) -> Tensor:
+        return super().forward(x_THN.to(self.weight.dtype))
+
+
 class SelfAttention(nn.Module):
     """Grouped-query causal self-attention over packed documents."""
 
@@ -64,8 +71,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
         self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
         self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
-        self.q_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
 
     def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
         q_THN = rearrange(self.q_proj(x_TW), "T (H N) -> T H N", N=self.shape.head_dim)

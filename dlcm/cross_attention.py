@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dlcm.attention import causal_attention
-from dlcm.blocks import apply_rope, rope_tables
+from dlcm.blocks import HeadNorm, apply_rope, rope_tables
 from dlcm.config import AttentionBackend, DLCMConfig
 from dlcm.layout import ConceptLayout
 
@@ -49,8 +49,8 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(config.d_concept, kv_width, bias=False)
         self.v_proj = nn.Linear(config.d_concept, kv_width, bias=False)
         self.o_proj = nn.Linear(config.d_token, config.d_token, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
 
     def slots(self, z_MC: Tensor, layout: ConceptLayout) -> Tensor:
         """[null, c_0, c_1, ..] of every document, (S, C)."""
