@@ -1,0 +1,83 @@
+"""Short texts to look at: from the validation split of a run's data, or from a file."""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from eval.loading import EvaluationError, LoadedCheckpoint, decode, encode_document
+from train.data import DataError, TokenShards
+
+DOMAINS = {"en": "English", "code": "code", "zh": "Chinese"}  # label in the data, name in words
+CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text and the domain it comes from."""
+
+    domain: str
+    text: str
+
+
+def held_out_passages(loaded: LoadedCheckpoint) -> list[Passage]:
+    """The beginning of the first validation document of each domain in `DOMAINS`; says on stderr where there is none.
+
+    Raises:
+        DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
+    """
+    shards = TokenShards(loaded.run.data.path, "validation", verify=False)
+    if shards.fingerprint != loaded.state.data_fingerprint:
+        raise DataError(
+            f"{shards.path}: no longer the data that {loaded.path} was trained on, which may have included this "
+            "validation split; restore it, or give --passages FILE"
+        )
+    listing = shards.path / "validation" / "documents.jsonl"
+    documents = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+    starts = [0, *accumulate(document["tokens"] for document in documents)]
+    if starts[-1] != shards.num_tokens:
+        raise DataError(f"{listing}: does not describe the shards beside it; delete {shards.path} and prepare it anew")
+
+    first_of = {document["domain"]: index for index, document in reversed(list(enumerate(documents)))}
+    passages = []
+    for domain, name in DOMAINS.items():
+        if domain not in first_of:
+            print(f"warning: {shards.path}: no {name} document in the validation split", file=sys.stderr)
+            continue
+        index = first_of[domain]
+        ids_T, _ = shards.window(starts[index], documents[index]["tokens"])
+        text = decode(loaded.tokenizer, torch.from_numpy(ids_T))
+        positions = loaded.model.config.max_position_embeddings
+        passages.append(Passage(domain, excerpt(text, loaded.tokenizer, positions)))
+    return passages
+
+
+def excerpt(text: str, tokenizer: PreTrainedTokenizerFast, positions: int) -> str:
+    """The beginning of a text: at most `CHARACTERS`, in whole words if it has any, and at most `positions` tokens."""
+    if len(text) > CHARACTERS:
+        space = max(text.rfind(" ", 0, CHARACTERS), text.rfind("\n", 0, CHARACTERS))
+        text = text[: space if space > CHARACTERS // 2 else CHARACTERS]
+    ends = encode_document(tokenizer, text).end_T
+    return text if len(ends) <= positions else text[: ends[positions - 1]]
+
+
+def read_passages(file: Path) -> list[Passage]:
+    """Passages from JSON lines, `{"domain": ..., "text": ...}`.
+
+    Raises:
+        EvaluationError: a line is something else; names it.
+    """
+    passages = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            values = json.loads(line)
+            passages.append(Passage(str(values["domain"]), str(values["text"])))
+        except (ValueError, TypeError, KeyError) as error:
+            raise EvaluationError(
+                f'{file}, line {number}: must be JSON in UTF-8 of the form {{"domain": ..., "text": ...}}'
+            ) from error
+    return passages

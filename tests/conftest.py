@@ -1,0 +1,137 @@
+"""What the tests share: models small enough to enumerate, and documents arranged in every way a model accepts.
+
+Helpers are plain functions, imported as `from tests.conftest import tiny_dlcm`; hypothesis draws the same
+examples in every run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.causal_lm import IGNORED, PackedCausalLM
+
+settings.register_profile("dlcm", derandomize=True, deadline=None, database=None)
+settings.load_profile("dlcm")
+torch.set_num_threads(1)  # for matrices this small, threads only cost
+
+VOCABULARY = 23
+
+
+def tiny_config(**overrides: Any) -> DLCMConfig:
+    """A DLCM of a few thousand parameters, with grouped heads and no two widths alike."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_token": 16,
+        "token_heads": 4,
+        "token_kv_heads": 2,
+        "token_ffn": 28,
+        "d_concept": 24,
+        "concept_heads": 6,
+        "concept_kv_heads": 3,
+        "concept_ffn": 40,
+        "encoder_layers": 1,
+        "backbone_layers": 2,
+        "decoder_layers": 1,
+        "target_ratio": 2.5,
+        "max_position_embeddings": 64,
+        "mup_base_width": 8,
+    }
+    return DLCMConfig(**fields | overrides)
+
+
+def tiny_baseline_config(**overrides: Any) -> LlamaBaselineConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_token": 16,
+        "token_heads": 4,
+        "token_kv_heads": 2,
+        "token_ffn": 28,
+        "num_layers": 2,
+        "max_position_embeddings": 64,
+        "mup_base_width": 8,
+    }
+    return LlamaBaselineConfig(**fields | overrides)
+
+
+def tiny_dlcm(seed: int = 0, **overrides: Any) -> DLCMForCausalLM:
+    """A tiny DLCM in float64 and evaluation mode, its weights as large as a trained model's."""
+    model = DLCMForCausalLM(tiny_config(**overrides))
+    trained_scale_(model, seed)
+    return model.double().eval()
+
+
+def tiny_baseline(seed: int = 0, **overrides: Any) -> LlamaBaselineForCausalLM:
+    """A tiny baseline in float64 and evaluation mode, its weights as large as a trained model's."""
+    model = LlamaBaselineForCausalLM(tiny_baseline_config(**overrides))
+    trained_scale_(model, seed)
+    return model.double().eval()
+
+
+@torch.no_grad()
+def trained_scale_(model: PackedCausalLM, seed: int) -> None:
+    """Draws every parameter anew: matrices that keep the scale of what they multiply, nothing left at 0 or 1.
+
+    At their initial values attention is flat, smoothing is the identity and embeddings are nearly zero: a
+    neighbour or a later token would hardly be seen even where the model looks at it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.3 * noise)
+        elif name.endswith("_proj.weight"):
+            parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+        else:
+            parameter.copy_(noise)
+
+
+def random_documents(lengths: Sequence[int], seed: int) -> list[Tensor]:
+    """Documents of the given lengths, uniform tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+Arrangement = Literal["rows", "left_padded", "right_padded", "packed"]
+ARRANGEMENTS: tuple[Arrangement, ...] = ("rows", "left_padded", "right_padded", "packed")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents as a model's input: `inputs` are arguments of `forward`, `real_BL` marks what is no padding."""
+
+    inputs: dict[str, Tensor]
+    real_BL: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.inputs["input_ids"].masked_fill(~self.real_BL, IGNORED)
+
+    def tokens_of(self, x_BL: Tensor) -> Tensor:
+        """(T, ...): what belongs to real tokens, document after document, whatever the arrangement."""
+        return x_BL[self.real_BL]
+
+
+def arrange(documents: Sequence[Tensor], arrangement: Arrangement) -> Batch:
+    """The documents as rows of one length, as padded rows, or end to end in one row."""
+    if arrangement == "packed":
+        row_BL = torch.cat(list(documents))[None]
+        lengths = torch.tensor([len(document) for document in documents])
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return Batch({"input_ids": row_BL, "cu_seqlens": cu_seqlens}, torch.ones_like(row_BL, dtype=torch.bool))
+    if arrangement == "rows":
+        rows_BL = torch.stack(list(documents))
+        return Batch({"input_ids": rows_BL}, torch.ones_like(rows_BL, dtype=torch.bool))
+    longest = max(len(document) for document in documents)
+    padding = 5  # an ordinary token: nothing but the mask may tell it from text
+    rows_BL = torch.full((len(documents), longest), padding)
+    real_BL = torch.zeros_like(rows_BL, dtype=torch.bool)
+    for row, document in enumerate(documents):
+        start = longest - len(document) if arrangement == "left_padded" else 0
+        rows_BL[row, start : start + len(document)] = document
+        real_BL[row, start : start + len(document)] = True
+    return Batch({"input_ids": rows_BL, "attention_mask": real_BL.long()}, real_BL)

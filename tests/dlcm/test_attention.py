@@ -1,0 +1,251 @@
+"""Attention over packed documents: each backend against the softmax written out, and the choice between them."""
+
+import importlib.machinery
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dlcm.attention
+from dlcm.attention import AttentionBackendError, causal_attention, resolve_backend
+from dlcm.layout import PackedLayout
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def packed(lengths: list[int], device: torch.device = CPU) -> PackedLayout:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return PackedLayout.from_cu_seqlens(cu_seqlens, int(cu_seqlens[-1]), device=device)
+
+
+def naive_attention(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, document_T: Tensor) -> Tensor:
+    """Masked softmax over the whole row, head by head."""
+    heads, group = q_THN.shape[1], q_THN.shape[1] // k_TKN.shape[1]
+    visible_TT = (document_T[:, None] == document_T[None, :]).tril()
+    outputs = []
+    for head in range(heads):
+        scores_TT = q_THN[:, head] @ k_TKN[:, head // group].T / q_THN.shape[2] ** 0.5
+        weights_TT = scores_TT.masked_fill(~visible_TT, -torch.inf).softmax(1)
+        outputs.append(weights_TT @ v_TKN[:, head // group])
+    return torch.stack(outputs, 1)
+
+
+def random_qkv(tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int) -> list[Tensor]:
+    """Large enough (scores of a few units) that attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (2 * torch.randn(tokens, h, head_dim, generator=generator, dtype=torch.float64)).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def assert_same_function(attention, reference, inputs: list[Tensor], tolerance: float = 1e-10) -> None:
+    """Equal outputs, and equal gradients under a random cotangent."""
+    ours, theirs = attention(*inputs), reference(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn_like(theirs)
+    gradients = torch.autograd.grad(ours, inputs, cotangent), torch.autograd.grad(theirs, inputs, cotangent)
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_sdpa_equals_the_naive_softmax(heads: int, kv_heads: int):
+    @settings(max_examples=30)
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**16))
+    def check(lengths: list[int], seed: int):
+        layout = packed(lengths)
+        assert_same_function(
+            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa"),
+            lambda q, k, v: naive_attention(q, k, v, layout.document_T),
+            random_qkv(layout.total, heads, kv_heads, head_dim=6, seed=seed),
+        )
+
+    check()
+
+
+def test_auto_runs_the_reference_on_cpu():
+    layout = packed([3, 4])
+    q, k, v = random_qkv(7, 4, 2, 6, seed=0)
+    assert torch.equal(causal_attention(q, k, v, layout), causal_attention(q, k, v, layout, "sdpa"))
+
+
+# The choice of a backend
+
+
+@pytest.fixture
+def without_flash_attn(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dlcm.attention, "_flash_attn_importable", lambda: False)
+
+
+@pytest.fixture
+def with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """An importable stand-in for the flash-attn package."""
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", loader=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return module
+
+
+def test_auto_without_flash_attn(without_flash_attn):
+    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.float32) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.bfloat16) == "torch_varlen"
+    assert resolve_backend("auto", CUDA, torch.float16) == "torch_varlen"
+
+
+def test_auto_with_flash_attn(with_flash_attn):
+    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.float32) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.bfloat16) == "flash_attn"
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "sdpa"])
+def test_a_named_backend_that_can_run_is_taken(backend: str, with_flash_attn):
+    assert resolve_backend(backend, CUDA, torch.bfloat16) == backend
+
+
+@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float64)])
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen"])
+def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype, with_flash_attn):
+    with pytest.raises(AttentionBackendError, match=f"'{backend}' needs fp16 or bf16 on a CUDA device") as error:
+        resolve_backend(backend, device, dtype)
+    assert str(dtype) in str(error.value) and device.type in str(error.value)
+    assert "attention_backend='auto'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flash_attn_that_is_not_installed_is_an_error(without_flash_attn):
+    with pytest.raises(AttentionBackendError, match=r"pip install dlcm\[flash-attn\]"):
+        resolve_backend("flash_attn", CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen"])
+def test_no_silent_fallback(backend: str, with_flash_attn):
+    with pytest.raises(AttentionBackendError):
+        causal_attention(*random_qkv(3, 2, 2, 4, seed=0), packed([3]), backend)
+
+
+# The two FlashAttention backends, through stand-ins that compute naively and check what they are given
+
+
+def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int) -> Tensor:
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q)
+    assert isinstance(longest, int) and longest == cu_seqlens.diff().max()
+    document_T = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
+    return naive_attention(q, k, v, document_T)
+
+
+def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
+    monkeypatch.setattr(dlcm.attention, "resolve_backend", lambda backend, device, dtype: backend)
+    layout = packed([5, 1, 8, 2])
+    assert_same_function(
+        lambda q, k, v: causal_attention(q, k, v, layout, backend),
+        lambda q, k, v: causal_attention(q, k, v, layout, "sdpa"),
+        random_qkv(16, heads, kv_heads, head_dim=6, seed=1),
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_flash_attn_interface(heads: int, kv_heads: int, with_flash_attn, monkeypatch: pytest.MonkeyPatch):
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        assert causal and dropout_p == 0 and softmax_scale is None and window_size == (-1, -1)
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q)
+
+    with_flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
+    assert_equals_sdpa("flash_attn", monkeypatch, heads, kv_heads)
+
+
+@pytest.fixture
+def forget_signature():
+    """The answer to "does varlen_attn have enable_gqa?" is remembered: forget it before and after."""
+    dlcm.attention._varlen_attn_has_gqa.cache_clear()
+    yield
+    dlcm.attention._varlen_attn_has_gqa.cache_clear()
+
+
+def assert_causal_varlen_call(q, k, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped: bool) -> None:
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
+    assert scale is None and tuple(window_size) == (-1, 0), "causal is a window without future"
+    assert grouped or q.shape[1] == k.shape[1], "key-value heads must be repeated where enable_gqa is missing"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_torch_varlen_interface(heads: int, kv_heads: int, forget_signature, monkeypatch: pytest.MonkeyPatch):
+    """torch 2.13: key-value heads stay grouped."""
+
+    def varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+    ):
+        assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=enable_gqa)
+        assert key.shape[1] == kv_heads
+        return naive_varlen(query, key, value, cu_seq_q, max_q)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_torch_varlen_without_enable_gqa(heads: int, kv_heads: int, forget_signature, monkeypatch: pytest.MonkeyPatch):
+    """torch 2.11 and 2.12: key-value heads are repeated, each for its own group of query heads."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=False)
+        return naive_varlen(query, key, value, cu_seq_q, max_q)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)
+
+
+def test_the_stand_ins_take_what_torch_takes():
+    """Every argument the stand-ins above rely on exists in the installed torch, in the same order."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen attention needs a CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
+def test_torch_varlen_on_cuda(heads: int, kv_heads: int):
+    layout = packed([130, 1, 257, 64], CUDA)
+    q, k, v = (
+        x.detach().to(CUDA, torch.bfloat16).requires_grad_()
+        for x in random_qkv(layout.total, heads, kv_heads, head_dim=64, seed=0)
+    )
+    out = causal_attention(q, k, v, layout, "torch_varlen")
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    reference = naive_attention(*wide, layout.document_T)
+    torch.testing.assert_close(out.double(), reference, rtol=2e-2, atol=4e-2)
+    cotangent = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), cotangent)
+    references = torch.autograd.grad(reference, wide, cotangent.double())
+    for gradient, expected in zip(gradients, references, strict=True):
+        assert (gradient.double() - expected).norm() < 2e-2 * expected.norm()

@@ -1,0 +1,240 @@
+"""No future: nothing at a position depends on later tokens, in training or evaluation, whatever the options.
+
+One checker, `change_before`, measures how far outputs before t move when tokens from t on are replaced. The tests
+at the end of the file put leaks into the model on purpose and demand that the checker sees them.
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dlcm import DLCMForCausalLM
+from dlcm.concepts import AdjacentSmoothing, ConceptPooling
+from dlcm.layout import ConceptLayout
+from dlcm.model import DLCMOutput
+from tests.conftest import (
+    ARRANGEMENTS,
+    VOCABULARY,
+    Arrangement,
+    arrange,
+    random_documents,
+    tiny_baseline,
+    tiny_dlcm,
+    trained_scale_,
+)
+
+TOLERANCE = 1e-9  # a concept count that changes after t also changes matrix shapes, and with them the last bits
+OPTIONS = [
+    {"segmenter": segmenter, "visibility": visibility, "smoothing": smoothing, "cross_attention_rope": rope}
+    for segmenter, visibility, smoothing, rope in itertools.product(
+        ["learned", "rule", "fixed"], ["closed", "inclusive"], ["adjacent", "none"], [True, False]
+    )
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents, and a cut: tokens of document `changed` from its position `t` on are replaced."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    changed: int
+    t: int
+    seed: int
+
+    @property
+    def future_T(self) -> Tensor:
+        """Which tokens, document after document, are the replaced ones."""
+        return torch.cat(
+            [
+                (torch.arange(len(document)) >= self.t) & (index == self.changed)
+                for index, document in enumerate(self.before)
+            ]
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn, arrangement: Arrangement) -> Case:
+    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=3))
+    if arrangement == "rows":
+        lengths = [lengths[0]] * len(lengths)
+    changed = draw(st.integers(0, len(lengths) - 1))
+    t = draw(st.integers(0, lengths[changed] - 1))
+    seed = draw(st.integers(0, 2**16))
+    before = random_documents(lengths, seed)
+    shift = torch.randint(1, VOCABULARY, before[changed][t:].shape, generator=torch.Generator().manual_seed(seed))
+    after = [document.clone() for document in before]
+    after[changed][t:] = (after[changed][t:] + shift) % VOCABULARY  # every replaced token differs
+    return Case(before, after, changed, t, seed)
+
+
+@dataclass
+class Evidence:
+    """What was seen over all examples: a test that changed nothing would prove nothing."""
+
+    future_logit_change: float = 0.0
+    boundaries: list[Tensor] = field(default_factory=list)
+    concept_count_changes: int = 0
+
+    @property
+    def boundary_rate(self) -> float:
+        """Over the tokens where a boundary is not a matter of course: all but the first of each document."""
+        return float(torch.cat(self.boundaries).double().mean())
+
+
+@torch.no_grad()
+def run(model: DLCMForCausalLM, documents: list[Tensor], arrangement: Arrangement, seed: int):
+    """(T, V + 2) logits, probability and boundary of every real token, and the output itself."""
+    batch = arrange(documents, arrangement)
+    output: DLCMOutput = model(**batch.inputs, generator=torch.Generator().manual_seed(seed))
+    outputs = (output.logits, output.boundary_probs[..., None], output.boundaries[..., None].double())
+    return torch.cat([batch.tokens_of(x_BL) for x_BL in outputs], -1), output
+
+
+def change_before(
+    model: DLCMForCausalLM, case: Case, arrangement: Arrangement, evidence: Evidence | None = None
+) -> float:
+    """Largest change of a logit, probability or boundary that is not in the replaced part."""
+    before_TX, before = run(model, case.before, arrangement, case.seed)
+    after_TX, after = run(model, case.after, arrangement, case.seed)
+    change_T = (after_TX - before_TX).abs().amax(1)
+    if evidence is not None:
+        future = (after_TX - before_TX)[case.future_T, :VOCABULARY].abs().max()
+        inner_T = torch.cat([torch.arange(len(document)) > 0 for document in case.before])
+        evidence.future_logit_change = max(evidence.future_logit_change, float(future))
+        evidence.boundaries.append(before_TX[inner_T, -1])
+        evidence.concept_count_changes += len(before.concept_lengths) != len(after.concept_lengths)
+    return float(change_T.masked_fill(case.future_T, 0).max())
+
+
+def name_of(options: dict[str, Any]) -> str:
+    rope = "rope" if options["cross_attention_rope"] else "norope"
+    return f"{options['segmenter']}-{options['visibility']}-{options['smoothing']}-{rope}"
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_no_future(options: dict[str, Any], arrangement: Arrangement, training: bool):
+    evidence = Evidence()
+    model = tiny_dlcm(**options, sharpening=6.0).train(training)  # draws that follow p, so that tokens move them
+
+    @settings(max_examples=15)
+    @given(cases(arrangement))
+    def check(case: Case):
+        trained_scale_(model, case.seed)
+        assert change_before(model, case, arrangement, evidence) < TOLERANCE
+
+    check()
+    assert evidence.future_logit_change > 0.1, "the replaced tokens changed nothing: the test is vacuous"
+    assert 0.2 < evidence.boundary_rate < 0.8, "boundaries hardly vary: the test is vacuous"
+    assert (evidence.concept_count_changes > 0) == (options["segmenter"] != "fixed")
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_no_future_in_the_baseline(arrangement: Arrangement):
+    @settings(max_examples=20)
+    @given(cases(arrangement))
+    def check(case: Case):
+        model = tiny_baseline(case.seed)
+        batches = [arrange(documents, arrangement) for documents in (case.before, case.after)]
+        with torch.no_grad():
+            before_TV, after_TV = (batch.tokens_of(model(**batch.inputs).logits) for batch in batches)
+        change_T = (after_TV - before_TV).abs().amax(1)
+        assert change_T[~case.future_T].numel() == 0 or change_T[~case.future_T].max() < TOLERANCE
+        assert change_T[case.future_T].max() > 1e-3
+
+    check()
+
+
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_a_document_cut_short_keeps_its_logits(visibility: str):
+    """Nothing depends on how long a document will be: the form in which generation meets causality."""
+    model = tiny_dlcm(3, visibility=visibility)
+    (document,) = random_documents([16], seed=3)
+    with torch.no_grad():
+        whole = model(document[None])
+        for length in range(1, 16):
+            prefix = model(document[None, :length])
+            torch.testing.assert_close(prefix.logits, whole.logits[:, :length], rtol=0, atol=TOLERANCE)
+            assert torch.equal(prefix.boundaries, whole.boundaries[:, :length])
+
+
+def largest_change(options: dict[str, Any], arrangement: Arrangement = "packed") -> float:
+    """The checker's finding over many cases."""
+    found = []
+    model = tiny_dlcm(**options)
+
+    @settings(max_examples=20)
+    @given(cases(arrangement))
+    def search(case: Case):
+        trained_scale_(model, case.seed)
+        found.append(change_before(model, case, arrangement))
+
+    search()
+    return max(found)
+
+
+# Negative controls: each leak looks ahead by as little as it can.
+
+
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_catches_a_token_that_sees_its_own_segment(visibility: str, monkeypatch: pytest.MonkeyPatch):
+    """Eq. 14 with Eq. 7 read literally: every token attends to the mean of all of its segment."""
+    causal = ConceptLayout.from_boundaries
+
+    def literal(tokens, boundary_T, visibility):
+        layout = causal(tokens, boundary_T, visibility)
+        return dataclasses.replace(layout, slot_T=layout.slot_M[layout.segment_T])
+
+    monkeypatch.setattr(ConceptLayout, "from_boundaries", literal)
+    assert largest_change({"visibility": visibility}) > 1e-3
+
+
+def test_catches_one_slot_too_many(monkeypatch: pytest.MonkeyPatch):
+    causal = ConceptLayout.from_boundaries
+
+    def off_by_one(tokens, boundary_T, visibility):
+        layout = causal(tokens, boundary_T, visibility)
+        last_slot_T = layout.cu_slots_D1[1:].long()[tokens.document_T] - 1
+        return dataclasses.replace(layout, slot_T=torch.minimum(layout.slot_T + 1, last_slot_T))
+
+    monkeypatch.setattr(ConceptLayout, "from_boundaries", off_by_one)
+    assert largest_change({"visibility": "closed"}) > 1e-3
+
+
+def test_catches_smoothing_that_looks_ahead(monkeypatch: pytest.MonkeyPatch):
+    def centred(self, z_MC, concepts):
+        last_M = concepts.position_T.roll(-1) == 0
+        return z_MC + self.mix * (torch.where(last_M[:, None], z_MC, z_MC.roll(-1, 0)) - z_MC)
+
+    monkeypatch.setattr(AdjacentSmoothing, "forward", centred)
+    assert largest_change({"smoothing": "adjacent"}) > 1e-3
+
+
+def test_catches_a_pool_that_reaches_into_the_next_segment(monkeypatch: pytest.MonkeyPatch):
+    def reaching(self, h_TE, layout):
+        last_of_document_T = layout.tokens.position_T.roll(-1) == 0
+        next_TE = torch.where(last_of_document_T[:, None], h_TE, h_TE.roll(-1, 0))
+        return self.up_proj(next_TE[layout.last_M])
+
+    monkeypatch.setattr(ConceptPooling, "forward", reaching)
+    assert largest_change({"visibility": "inclusive"}) > 1e-3
+
+
+def test_catches_a_boundary_that_waits_for_the_next_token(monkeypatch: pytest.MonkeyPatch):
+    """A boundary at t decided by the distance between t and t + 1."""
+    causal = ConceptLayout.from_boundaries
+
+    def late(tokens, boundary_T, visibility):
+        return causal(tokens, boundary_T.roll(-1) | tokens.is_first_T, visibility)
+
+    monkeypatch.setattr(ConceptLayout, "from_boundaries", late)
+    assert largest_change({"visibility": "inclusive"}) > 1e-3

@@ -1,0 +1,190 @@
+"""The geometry of concepts against a twin that walks from token to token, and the doors between layouts."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlcm.layout import ConceptLayout, PackedLayout, RowLayout
+
+
+def packed(lengths: list[int]) -> PackedLayout:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return PackedLayout.from_cu_seqlens(cu_seqlens, int(cu_seqlens[-1]))
+
+
+@dataclass
+class Twin:
+    """What `ConceptLayout` states, written down while reading the tokens one by one.
+
+    segments: (document, tokens) of each concept. sees: for each token, its document's concepts it may see.
+    """
+
+    segments: list[tuple[int, list[int]]]
+    segment: list[int]
+    sees: list[list[int]]
+
+
+def slow_layout(lengths: list[int], boundaries: list[bool], visibility: str) -> Twin:
+    twin = Twin([], [], [])
+    token = 0
+    for document, length in enumerate(lengths):
+        closed: list[int] = []  # concepts of this document known to have ended
+        open_concept = None
+        for _ in range(length):
+            if visibility == "closed" and boundaries[token] and open_concept is not None:
+                closed.append(open_concept)
+                open_concept = None
+            if open_concept is None:
+                open_concept = len(twin.segments)
+                twin.segments.append((document, []))
+            twin.segments[open_concept][1].append(token)
+            twin.segment.append(open_concept)
+            if visibility == "inclusive" and boundaries[token]:
+                closed.append(open_concept)
+                open_concept = None
+            twin.sees.append(list(closed))
+            token += 1
+    return twin
+
+
+@st.composite
+def ragged(draw: st.DrawFn) -> tuple[list[int], list[bool]]:
+    """Lengths of documents, and boundaries anywhere: at none, some or all tokens."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    total = sum(lengths)
+    boundaries = draw(
+        st.one_of(
+            st.lists(st.booleans(), min_size=total, max_size=total),
+            st.just([True] * total),
+            st.just([False] * total),
+        )
+    )
+    return lengths, boundaries
+
+
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_concept_layout_equals_its_slow_twin(visibility: str):
+    @settings(max_examples=200)
+    @given(ragged())
+    def check(case: tuple[list[int], list[bool]]):
+        lengths, boundaries = case
+        tokens = packed(lengths)
+        layout = ConceptLayout.from_boundaries(tokens, torch.tensor(boundaries), visibility)
+        twin = slow_layout(lengths, boundaries, visibility)
+
+        documents = [document for document, _ in twin.segments]
+        per_document = [documents.count(document) for document in range(len(lengths))]
+        assert layout.segment_T.tolist() == twin.segment
+        assert layout.length_M.tolist() == [len(members) for _, members in twin.segments]
+        assert layout.last_M.tolist() == [members[-1] for _, members in twin.segments]
+        assert layout.concepts.document_T.tolist() == documents
+        assert layout.concepts.position_T.tolist() == [i for count in per_document for i in range(count)]
+        assert layout.concepts.cu_seqlens_D1.diff().tolist() == per_document
+        assert layout.concepts.max_seqlen == max(per_document)
+
+        # Slots: each document's null slot, then its concepts; a token sees the slots up to and including slot_T.
+        slots = [
+            slot
+            for document in range(len(lengths))
+            for slot in ["null", *(index for index, owner in enumerate(documents) if owner == document)]
+        ]
+        assert layout.num_slots == len(slots)
+        assert [slots[slot] for slot in layout.slot_M] == list(range(len(documents)))
+        starts = layout.cu_slots_D1.tolist()
+        assert [slots[start] for start in starts[:-1]] == ["null"] * len(lengths)
+        assert starts[-1] == len(slots)
+        for token, document in enumerate(tokens.document_T.tolist()):
+            visible = slots[starts[document] : int(layout.slot_T[token]) + 1]
+            assert visible == ["null", *twin.sees[token]]
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("visibility", "segment", "sees"),
+    [("closed", [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 2]), ("inclusive", [0, 1, 1, 2, 2, 2], [1, 1, 2, 2, 2, 3])],
+)
+def test_worked_example_of_the_docstring(visibility: str, segment: list[int], sees: list[int]):
+    boundaries = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
+    layout = ConceptLayout.from_boundaries(packed([6]), boundaries, visibility)
+    assert layout.segment_T.tolist() == segment
+    assert layout.slot_T.tolist() == sees  # one document: slot 0 is null, slot j is concept j - 1
+
+
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_a_visible_concept_has_ended(visibility: str):
+    """Causality read off the geometry: the last token of the newest visible concept is not later than the token."""
+
+    @settings(max_examples=100)
+    @given(ragged())
+    def check(case: tuple[list[int], list[bool]]):
+        lengths, boundaries = case
+        layout = ConceptLayout.from_boundaries(packed(lengths), torch.tensor(boundaries), visibility)
+        last_token_S = torch.full((layout.num_slots,), -1).index_copy(0, layout.slot_M, layout.last_M)
+        newest_T = last_token_S[layout.slot_T]
+        token_T = torch.arange(layout.tokens.total)
+        assert bool((newest_T <= (token_T if visibility == "inclusive" else token_T - 1)).all())
+
+    check()
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_packed_layout_counts_positions_and_documents(lengths: list[int]):
+    layout = packed(lengths)
+    assert layout.cu_seqlens_D1.dtype == torch.int32
+    assert layout.position_T.tolist() == [i for length in lengths for i in range(length)]
+    assert layout.document_T.tolist() == [d for d, length in enumerate(lengths) for _ in range(length)]
+    assert layout.is_first_T.tolist() == [i == 0 for length in lengths for i in range(length)]
+    assert (layout.total, layout.num_documents, layout.max_seqlen) == (sum(lengths), len(lengths), max(lengths))
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens",
+    [[1, 4, 6], [0, 4, 5], [0, 4, 7], [0, 3, 3, 6], [0, 5, 3, 6], [6], [0]],
+    ids=["late start", "too short", "too long", "empty document", "decreasing", "no start", "no document"],
+)
+def test_packed_layout_rejects(cu_seqlens: list[int]):
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0") as error:
+        PackedLayout.from_cu_seqlens(torch.tensor(cu_seqlens, dtype=torch.int32), 6)
+    assert str(cu_seqlens) in str(error.value) and "6" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> torch.Tensor:
+    batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    real = [draw(st.integers(1, length)) for _ in range(batch)]
+    left = draw(st.booleans())
+    rows = [[0] * (length - n) + [1] * n if left else [1] * n + [0] * (length - n) for n in real]
+    return torch.tensor(rows)
+
+
+@settings(max_examples=100)
+@given(masks(), st.integers(0, 2**16))
+def test_rows_survive_the_round_trip(mask_BL: torch.Tensor, seed: int):
+    x_BL = torch.randn(mask_BL.shape, generator=torch.Generator().manual_seed(seed))
+    rows, cu_seqlens = RowLayout.from_mask(mask_BL)
+    x_T = rows.pack(x_BL)
+    assert x_T.tolist() == [x for row, mask in zip(x_BL, mask_BL, strict=True) for x in row[mask.bool()].tolist()]
+    assert cu_seqlens.diff().tolist() == mask_BL.sum(1).tolist()
+    assert torch.equal(rows.unpack(x_T), x_BL * mask_BL)
+    assert torch.equal(rows.unpack(torch.stack([x_T, -x_T], 1))[..., 1], -x_BL * mask_BL)
+    assert torch.equal(rows.unpack(x_T > 0), (x_BL > 0) & mask_BL.bool())
+
+
+def test_rows_without_padding():
+    x_BL = torch.arange(12).view(3, 4)
+    rows, cu_seqlens = RowLayout.full(3, 4)
+    assert cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert torch.equal(rows.unpack(rows.pack(x_BL)), x_BL)
+    masked, same = RowLayout.from_mask(torch.ones(3, 4))
+    assert torch.equal(masked.pack(x_BL), rows.pack(x_BL)) and torch.equal(same, cu_seqlens)
+
+
+def test_a_row_of_padding_alone_is_an_error():
+    with pytest.raises(ValueError, match="row 1 of attention_mask has no token"):
+        RowLayout.from_mask(torch.tensor([[0, 1], [0, 0]]))

@@ -1,0 +1,547 @@
+"""The training loop: exact resumption, one gradient however the batch is cut, and every way of going wrong."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.pretrain as pretrain_module
+import train.step as step_module
+from dlcm import DLCMForCausalLM
+from dlcm.flops import forward_flops
+from tests.train.tiny import MODELS, prepare_tiny, write_config
+from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
+from train.config import RunConfig, load_run_config
+from train.data import PackedBatch, PackedLoader, TokenShards
+from train.distributed import Ranks
+from train.evaluate import evaluate
+from train.metrics import WALL_CLOCK, read_metrics
+from train.pretrain import build_model, check_continues, main
+from train.step import StepSums, forward_backward, mean_losses
+from train.tokenizer import load_tokenizer
+
+ARCHITECTURES = list(MODELS)
+ForwardBackward = Callable[..., StepSums]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what the clock wrote."""
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in read_metrics(run_dir)]
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = latest_checkpoint(run_dir)
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: every metric, parameter and optimizer moment."""
+    assert metrics(one) == metrics(other)
+    ours, theirs = final_tensors(one), final_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Tap:
+    """Stands in for `forward_backward`: records the batches, and does something before or after given steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.batches: dict[int, list[list[int]]] = {}
+        self.before: Callable[[int], None] = lambda step: None
+        self.after: Callable[[int, torch.nn.Module, StepSums], StepSums] = lambda step, model, sums: sums
+        monkeypatch.setattr(pretrain_module, "forward_backward", self)
+
+    def __call__(
+        self, run: RunConfig, model: torch.nn.Module, batches: Sequence[PackedBatch], step: int, ranks: Ranks
+    ) -> StepSums:
+        self.before(step)
+        self.batches[step] = [batch.input_ids.tolist() for batch in batches]
+        return self.after(step, model, forward_backward(run, model, batches, step, ranks))
+
+
+@pytest.fixture
+def tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
+    return Tap(monkeypatch)
+
+
+def stop_at(wanted: int, number: signal.Signals = signal.SIGTERM) -> Callable[[int], None]:
+    """Sends this process a signal in the middle of a step."""
+    return lambda step: os.kill(os.getpid(), number) if step == wanted else None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_and_resumed_half_equal_the_whole(
+    architecture: str, data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main([str(write_config(tmp_path / "whole.yaml", architecture, data, whole))]) == 0
+    batches = dict(tap.batches)
+    tap.batches.clear()
+
+    tap.before = stop_at(3)
+    config = write_config(tmp_path / "halves.yaml", architecture, data, halves)
+    assert main([str(config)]) == 128 + signal.SIGTERM
+    assert f"stopped after step 4; continue: python -m train.pretrain --resume {halves}" in capsys.readouterr().out
+    assert load_state(latest_checkpoint(halves)).step == 4 and max(tap.batches) == 3
+
+    tap.before = lambda step: None
+    assert main(["--resume", str(halves)]) == 0
+    assert tap.batches == batches
+    assert_same_run(whole, halves)
+    assert [line["step"] for line in metrics(whole) if line["kind"] == "validation"] == [3, 6, 8]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_killed_run_starts_again_from_its_last_checkpoint(architecture: str, data: Path, tmp_path: Path, tap: Tap):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([str(write_config(tmp_path / "whole.yaml", architecture, data, whole))]) == 0
+
+    def die(step: int) -> None:
+        if step == 6:
+            raise SystemError("killed")
+
+    tap.before = die
+    config = write_config(tmp_path / "killed.yaml", architecture, data, killed, checkpoint={"every": 2})
+    with pytest.raises(SystemError):
+        main([str(config)])
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    shutil.rmtree(killed / "checkpoints" / "step_00000006")  # so that steps 5 and 6 are done again
+    tap.before = lambda step: None
+    assert main([str(config)]) == 0
+    assert_same_run(whole, killed)
+
+
+def test_a_corrupt_checkpoint_costs_only_the_steps_since_the_previous_one(
+    data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    assert main([str(write_config(tmp_path / "whole.yaml", "dlcm", data, whole))]) == 0
+    config = write_config(tmp_path / "damaged.yaml", "dlcm", data, damaged, checkpoint={"every": 2})
+    tap.before = stop_at(5)
+    assert main([str(config)]) == 128 + signal.SIGTERM
+    newest = latest_checkpoint(damaged)
+    (newest / "optimizer.safetensors").write_bytes(b"\0" * 100)
+    tap.before = lambda step: None
+    assert main(["--resume", str(damaged)]) == 0
+    assert f"{newest}: optimizer.safetensors is corrupt" in capsys.readouterr().err
+    assert_same_run(whole, damaged)
+
+
+def test_a_moved_run_and_a_bare_checkpoint_resume(data: Path, tmp_path: Path, tap: Tap):
+    whole, first, moved = tmp_path / "whole", tmp_path / "first", tmp_path / "elsewhere" / "moved"
+    assert main([str(write_config(tmp_path / "whole.yaml", "llama", data, whole))]) == 0
+    tap.before = stop_at(3)
+    assert main([str(write_config(tmp_path / "first.yaml", "llama", data, first))]) != 0
+    tap.before = lambda step: None
+    shutil.copytree(first / "checkpoints", moved / "checkpoints")
+    shutil.rmtree(first)
+    assert main(["--resume", str(moved)]) == 0
+    assert not first.exists()
+    ours, theirs = final_tensors(whole), final_tensors(moved)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config)]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for command in ([str(config)], ["--resume", str(tmp_path / "run")]):
+        assert main(command) == 0
+        assert f"{tmp_path / 'run'} is finished: " in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_another_config_in_the_same_directory_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config)]) == 0
+    assert main([str(config), "batch.rows=2", "model.rope_theta=500.0"]) == 2
+    assert_one_error(capsys, "holds a run with other values of batch.rows, model.rope_theta; choose another output")
+
+
+def test_a_second_signal_acts_at_once(data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]):
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    tap.before = twice
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config)]) == 128 + signal.SIGINT
+    assert_one_error(capsys, "interrupted at once")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- one gradient, however the batch is cut ---
+
+
+def tiny_step(
+    architecture: str, data: Path, tmp_path: Path, rows: int, accumulation: int, **sections: Any
+) -> tuple[DLCMForCausalLM, list[dict[str, float]]]:
+    """Three steps without the checkpoints around them: the model, and the losses of each step."""
+    batch = {"rows": rows, "accumulation": accumulation}
+    config = write_config(tmp_path / "step.yaml", architecture, data, tmp_path / "run", batch=batch, **sections)
+    run = load_run_config(config)
+    shards = TokenShards(data, "train")
+    model = build_model(run, shards, load_tokenizer(str(data)))
+    model.train()
+    optimizer = pretrain_module.build_optimizer(run, model)
+    loader = PackedLoader(shards, run.data.sequence_length, rows, run.seed, accumulation=accumulation)
+    losses = []
+    for step in range(3):
+        batches = [loader.batch(step, micro) for micro in range(accumulation)]
+        sums = forward_backward(run, model, batches, step, Ranks())
+        losses.append(mean_losses(sums, model, micro_batches=accumulation) | step_module.concept_metrics(sums, model))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses
+
+
+def whole_batch_draws(rows: int, length: int) -> Callable[..., torch.Generator]:
+    """Micro-batches of `rows` windows draw from one stream in turn, as one big batch does."""
+
+    def generator(seed: int, step: int, micro: int, ranks: Ranks, device: torch.device) -> torch.Generator:
+        stream = torch.Generator().manual_seed(1000 * seed + step)
+        torch.rand(micro * rows * length, generator=stream)
+        return stream
+
+    return generator
+
+
+@pytest.mark.parametrize(
+    ("architecture", "segmenter", "scope"),
+    [
+        ("llama", None, None),
+        ("dlcm", "learned", "global"),
+        ("dlcm", "learned", "sequence"),
+        ("dlcm", "rule", "global"),
+        ("dlcm", "fixed", "global"),
+    ],
+)
+def test_accumulation_equals_one_big_batch(
+    architecture: str,
+    segmenter: str | None,
+    scope: str | None,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    sections: dict[str, Any] = {}
+    if segmenter is not None:
+        sections |= {"model": {"segmenter": segmenter, "parser_scope": scope, "aux_loss_weight": 0.5}}
+        sections |= {"schedule": {"sharpening_final": None}}
+    if segmenter in ("rule", "fixed"):
+        sections |= {"optimizer": {"lr_boundary": None}}
+    results = []
+    for rows, accumulation in ((4, 1), (1, 4)):
+        monkeypatch.setattr(step_module, "boundary_generator", whole_batch_draws(rows, 32))
+        results.append(tiny_step(architecture, data, tmp_path, rows, accumulation, **sections))
+    (big, big_losses), (cut, cut_losses) = results
+    for ours, theirs in zip(big_losses, cut_losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-6)
+    for ours, theirs in zip(big.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    if segmenter == "learned":
+        assert abs(big_losses[0]["aux"]) > 1e-3  # a loss that is there to be compared
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_accumulation_reaches_every_parameter(architecture: str, data: Path, tmp_path: Path):
+    config = write_config(
+        tmp_path / "bf16.yaml", architecture, data, tmp_path / "run", precision="bf16", batch={"accumulation": 2}
+    )
+    run = load_run_config(config)
+    shards = TokenShards(data, "train")
+    model = build_model(run, shards, load_tokenizer(str(data))).train()
+    loader = PackedLoader(shards, 32, 4, run.seed, accumulation=2)
+    forward_backward(run, model, [loader.batch(0, 0), loader.batch(0, 1)], 0, Ranks())
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+RUN_ALL = """
+import sys
+from train.pretrain import Ranks, open_run, parse_arguments, pretrain
+ranks = Ranks()
+for config in sys.argv[1:]:
+    run, step = open_run(parse_arguments([config]), ranks)
+    pretrain(run, None, ranks)
+ranks.leave()
+"""
+
+
+def test_two_processes_equal_one(data: Path, tmp_path: Path):
+    """Two gloo processes, launched by torchrun, against one process with twice the micro-batches."""
+    alone, pair = [tmp_path / "alone1", tmp_path / "alone2"], [tmp_path / "pair1", tmp_path / "pair2"]
+    changes: dict[str, Any] = {"model": {"aux_loss_weight": 0.5}, "schedule": {"steps": 3, "warmup_steps": 0}}
+
+    def config(run_dir: Path, accumulation: int) -> str:
+        batch = {"rows": 2, "accumulation": accumulation}
+        return str(write_config(run_dir.with_suffix(".yaml"), "dlcm", data, run_dir, batch=batch, **changes))
+
+    for run_dir, accumulation in zip(alone, (2, 4), strict=True):
+        assert main([config(run_dir, accumulation)]) == 0
+    script, root = tmp_path / "run_all.py", Path(__file__).parents[2]
+    script.write_text(RUN_ALL)
+    answer = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        + [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("from scratch") == 2  # one rank speaks
+
+    for one, other, accumulation in zip(alone, pair, (1, 2), strict=True):
+        assert len(metrics(one)) == len(metrics(other)) == 4
+        for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+            assert ours.pop("kind") == theirs.pop("kind")
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        single, double = final_tensors(one), final_tensors(other)
+        for name in load_file(latest_checkpoint(one) / "model.safetensors"):
+            torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-5)
+        state = load_state(latest_checkpoint(other))
+        assert (state.world_size, state.tokens) == (2, 3 * 2 * accumulation * 2 * 32)
+
+
+# --- the numbers ---
+
+
+def test_logged_numbers_are_consistent(data: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    without_detector = {"optimizer": {"lr_boundary": None}, "schedule": {"sharpening_final": None}}
+    config = write_config(
+        tmp_path / "run.yaml", "dlcm", data, run_dir, model={"segmenter": "fixed"}, **without_detector
+    )
+    assert main([str(config)]) == 0
+    lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
+    assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 9)]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert line["loss"] == line["ce"] and line["aux"] == 0 and "sharpening" not in line
+        assert line["bpb"] == pytest.approx(line["ce"] / math.log(2), rel=0.05)  # bytes: one token, one byte
+        assert line["boundary_rate"] == pytest.approx(1 / line["tokens_per_concept"])
+        assert line["tokens_per_second"] > 0 and line["skipped"] == 0
+    model_config = pretrain_module.build_model_config(load_run_config(config))
+    upper = 3 * forward_flops(model_config, 32, 1.0).total * 128
+    lower = 3 * forward_flops(model_config, 1, 32.0).total * 128
+    assert 8 * lower < lines[-1]["flops"] < 8 * upper
+
+
+def test_steps_flops_are_of_the_real_documents_and_concepts():
+    config = pretrain_module.DLCMConfig(
+        **{key: value for key, value in MODELS["dlcm"].items() if key not in ("architecture", "target_ratio")},
+        target_ratio=3.0,
+    )
+    model = DLCMForCausalLM(config)
+    # Documents of 10 and 30 tokens: attention costs what one length of (100 + 900) / 40 would.
+    sums = StepSums(0, 0, 0, tokens=40, squared_lengths=1000, aux=0, boundaries=0, probability=0, concepts=8)
+    assert step_module.training_flops(sums, model) == 3 * 40 * forward_flops(config, 25, 5).total
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_evaluation_is_exact_and_leaves_training_mode(architecture: str, data: Path, tmp_path: Path):
+    values = []
+    for rows in (1, 5):
+        config = write_config(
+            tmp_path / "run.yaml",
+            architecture,
+            data,
+            tmp_path / "run",
+            batch={"rows": rows},
+            evaluation={"max_tokens": None},
+        )
+        run = load_run_config(config)
+        validation = TokenShards(data, "validation")
+        model = build_model(run, validation, load_tokenizer(str(data))).train()
+        values.append(evaluate(run, model, validation, Ranks()))
+        assert model.training
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # every token equally likely: ln V nats each
+        assert evaluate(run, model, validation, Ranks())["loss"] == pytest.approx(math.log(258), rel=1e-6)
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+# --- going wrong ---
+
+
+def assert_one_error(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_non_finite_steps_are_skipped_and_counted(spoilt: str, data: Path, tmp_path: Path, tap: Tap):
+    snapshots: dict[int, list[torch.Tensor]] = {}
+
+    def spoil(step: int, model: torch.nn.Module, sums: StepSums) -> StepSums:
+        snapshots[step] = [parameter.detach().clone() for parameter in model.parameters()]
+        if step not in (3, 4, 6):
+            return sums
+        if spoilt == "loss":
+            return sums._replace(ce=math.nan)
+        next(model.parameters()).grad[0, 0] = math.inf
+        return sums
+
+    tap.after = spoil
+    run_dir = tmp_path / "run"
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, run_dir))]) == 0
+    moved = {
+        step: any(not torch.equal(a, b) for a, b in zip(snapshots[step], snapshots[step + 1], strict=True))
+        for step in range(7)
+    }
+    assert moved == {step: step not in (3, 4, 6) for step in range(7)}
+    lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert lines[3]["loss" if spoilt == "loss" else "grad_norm"] is None
+    assert lines[-1]["loss"] is not None
+    assert all(torch.isfinite(tensor).all() for tensor in final_tensors(run_dir).values())
+    assert load_state(latest_checkpoint(run_dir)).skipped == 3
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
+    data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, checkpoint={"every": 2})
+    tap.after = lambda step, model, sums: sums._replace(ce=math.inf) if step >= 3 else sums
+    assert main([str(config)]) == 2
+    good = run_dir / "checkpoints" / "step_00000004"  # step 4 was bad, but moved nothing
+    assert_one_error(capsys, f"not finite in 3 steps in a row; the last good checkpoint, {good}, is intact")
+    verify_checkpoint(good)
+    tap.after = lambda step, model, sums: sums
+    assert main([str(config)]) == 0
+    assert load_state(latest_checkpoint(run_dir)).skipped == 1
+
+
+def test_a_full_disk_stops_the_run_with_its_checkpoint_intact(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, checkpoint={"every": 2})
+    original = os.fsync
+
+    def refuse_later(descriptor: int) -> None:
+        if "step_00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_later)
+    assert main([str(config)]) == 2
+    assert_one_error(capsys, "step_00000004: could not be written ([Errno 28] No space left on device); earlier")
+    assert latest_checkpoint(run_dir).name == "step_00000002"
+    monkeypatch.setattr(os, "fsync", original)
+    assert main([str(config)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/nowhere", "/nowhere: no prepared data here"),
+        ("model.vocab_size=200", "its tokenizer has 258 ids, but model.vocab_size is 200; set it to 258 or more"),
+        ("model.vocabsize=200", "unknown key 'model.vocabsize'; did you mean 'model.vocab_size'?"),
+        ("data.sequence_length=20000", "longer than model.max_position_embeddings"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_run_directory_is_made(
+    override: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config), override]) == 2
+    assert_one_error(capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the backend may run here")
+def test_a_run_that_failed_before_its_first_step_leaves_the_directory_free(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config), "model.attention_backend=flash_attn"]) == 2
+    assert_one_error(capsys, "flash_attn")
+    assert main([str(config)]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
+    assert main([str(config), "device=cuda"]) == 2
+    assert_one_error(capsys, "device is cuda, but torch sees no CUDA device; set device=cpu")
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["added_tokens"][0]["content"] = "<|other|>"
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", copy, tmp_path / "run"))]) == 2
+    assert_one_error(capsys, "the shards were written with tokenizer")
+
+
+def test_other_data_under_the_same_path_is_refused_on_resume(
+    data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    copy = Path(shutil.copytree(data, tmp_path / "prepared"))
+    config = write_config(tmp_path / "run.yaml", "llama", copy, tmp_path / "run")
+    tap.before = stop_at(2)
+    assert main([str(config)]) != 0
+    shutil.rmtree(copy)
+    document = tmp_path / "other.txt"
+    document.write_text("Another text altogether. " * 40)
+    more = tmp_path / "more.txt"
+    more.write_text("And one more of them, for validation. " * 40)
+    from train.prepare import PrepareArguments, prepare
+
+    for seed in range(20):  # until one of the two documents falls into each split
+        arguments = PrepareArguments(inputs=(str(document), str(more)), output=copy, validation_fraction=0.5, seed=seed)
+        try:
+            prepare(arguments)
+            break
+        except ValueError:
+            continue
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    assert_one_error(capsys, "was trained on other data")
+
+
+def test_what_must_not_change_between_halves(tmp_path: Path):
+    fresh = TrainingState("data", "tokenizer", 2)
+    check_continues(fresh, TrainingState("data", "tokenizer", 2, step=5), tmp_path)
+    with pytest.raises(CheckpointError, match="was trained by 1 processes, not 2"):
+        check_continues(fresh, TrainingState("data", "tokenizer", 1), tmp_path)
+    with pytest.raises(CheckpointError, match="other data"):
+        check_continues(fresh, TrainingState("data", "another", 2), tmp_path)
+
+
+def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert_one_error(capsys, f"{tmp_path}: no checkpoint here; start the run with its config file")
+
+
+@pytest.mark.parametrize("command", [[], ["config.yaml", "--resume", "run"]])
+def test_the_command_line_is_either_a_config_or_a_run(command: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert re.search("give either a CONFIG .* or --resume RUN_DIR alone", capsys.readouterr().err)

@@ -1,0 +1,264 @@
+"""Checkpoints: a directory alone is enough to resume, evaluate or export a run.
+
+    RUN/checkpoints/step_00000100/
+        model.safetensors, config.json, ...   what `save_pretrained` of model and tokenizer write
+        run.yaml                              the resolved configuration
+        optimizer.safetensors                 AdamW's state, `exp_avg.NAME` and so on by parameter name
+        state.json                            how far the run is, on what data, under which versions
+        checksums.json                        sha256 of every other file, written last
+
+It is written beside its final name, synced and renamed: there is never a moment without a good checkpoint.
+There is no random state to save, since every draw of a run is a function of its seed and the step.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from train.config import RunConfig, save_run_config
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, found or used; the message names it and the remedy."""
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """How far a run is, and what must not change before it goes on."""
+
+    data_fingerprint: str
+    tokenizer_hash: str
+    world_size: int
+    step: int = 0  # completed steps, skipped ones included
+    tokens: int = 0
+    flops: float = 0.0  # forward and backward
+    skipped: int = 0  # steps without an update, because loss or gradient was not finite
+    bad_in_a_row: int = 0
+
+
+def save_checkpoint(
+    run_dir: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunConfig,
+    state: TrainingState,
+) -> Path:
+    """Writes the checkpoint of `state.step`, then deletes all but the newest `run.checkpoint.keep`.
+
+    Raises:
+        CheckpointError: the disk refused (full, for example). Earlier checkpoints are untouched.
+    """
+    final = checkpoint_path(run_dir, state.step)
+    partial = final.with_suffix(".tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _discard(partial)
+        partial.mkdir()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_run_config(run, partial / "run.yaml")
+        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        _write_json(partial / "state.json", dataclasses.asdict(state) | _environment())
+        checksums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        _write_json(partial / "checksums.json", checksums)
+        for file in [*partial.iterdir(), partial]:
+            _sync(file)
+        _discard(final)  # exists only if it was found corrupt and the steps since were repeated
+        partial.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: could not be written ({error}); earlier checkpoints are intact: "
+            f"make room, then continue with --resume {run_dir}"
+        ) from error
+    _prune(run_dir, state.step, run.checkpoint.keep)
+    return final
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run whose checksums hold; says on stderr which newer ones it passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    refused: list[str] = []
+    for _, directory in _candidates(run_dir):
+        try:
+            verify_checkpoint(directory)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            print(f"warning: {reason}; using {directory.name} instead", file=sys.stderr)
+        return directory
+    raise CheckpointError("; ".join(refused) or f"{run_dir}: no checkpoint here; start the run with its config file")
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or would be."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether any checkpoint, good or not, was written here."""
+    return bool(_candidates(run_dir))
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Raises CheckpointError unless `directory` is a complete checkpoint, every file as it was written."""
+    if not (directory / "checksums.json").is_file():
+        raise CheckpointError(f"{directory}: is half-written or no checkpoint (no checksums.json)")
+    for name, checksum in _read_json(directory / "checksums.json").items():
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory}: {name} is missing")
+        if _sha256(directory / name) != checksum:
+            raise CheckpointError(f"{directory}: {name} is corrupt (its sha256 is not the recorded one)")
+
+
+def load_state(directory: Path) -> TrainingState:
+    """How far the run was at this checkpoint."""
+    content = _read_json(directory / "state.json")
+    try:
+        return TrainingState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainingState)})
+    except KeyError as error:
+        raise CheckpointError(f"{directory}: state.json lacks {error}; it is of another version of dlcm") from error
+
+
+def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Loads parameters and optimizer state into `model` and `optimizer`, and returns the state.
+
+    Raises:
+        CheckpointError: the checkpoint is of a model with another config; names the keys.
+    """
+    _check_same_config(directory, model.config)
+    load_model(model, directory / "model.safetensors", device=str(model.device))
+    _load_optimizer(directory / "optimizer.safetensors", model, optimizer)
+    return load_state(directory)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, flat: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` for each parameter NAME."""
+    return {
+        f"{kind}.{name}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    index_of = {name: index for index, name in enumerate(ordered)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        kind, _, name = key.partition(".")
+        if name not in index_of:
+            raise CheckpointError(f"{path}: holds state of {name!r}, which this model has not")
+        state.setdefault(index_of[name], {})[kind] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_same_config(directory: Path, config: PreTrainedConfig) -> None:
+    saved = AutoConfig.from_pretrained(directory)
+    if saved.model_type != config.model_type:
+        raise CheckpointError(f"{directory}: holds a {saved.model_type!r} model, not {config.model_type!r}")
+    generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
+    own = [entry.name for entry in dataclasses.fields(config) if entry.name not in generic]
+    differing = [name for name in own if getattr(saved, name) != getattr(config, name)]
+    if differing:
+        changes = ", ".join(f"{name} {getattr(saved, name)} != {getattr(config, name)}" for name in differing)
+        raise CheckpointError(f"{directory}: is of another model config ({changes}); use another output directory")
+
+
+def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of all checkpoints, half-written ones too, newest first."""
+    found = []
+    for directory in (run_dir / "checkpoints").glob("step_*"):
+        digits = directory.name.removeprefix("step_").removesuffix(".tmp")
+        if digits.isdecimal() and directory.is_dir():
+            found.append((int(digits), directory))
+    return sorted(found, reverse=True)
+
+
+def _prune(run_dir: Path, newest: int, keep: int) -> None:
+    """Deletes all but the last `keep` checkpoints up to step `newest`.
+
+    Half-written ones, and later ones (refused when the run was resumed from before them), go too.
+    """
+    kept = [directory for step, directory in _candidates(run_dir) if step <= newest and not directory.suffix][:keep]
+    for _, directory in _candidates(run_dir):
+        if directory not in kept:
+            shutil.rmtree(directory)
+
+
+def _environment() -> dict[str, Any]:
+    """What produced the checkpoint: not needed to resume, but to understand it later."""
+    return {
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None where it is not a git checkout or git is not installed."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run(
+        [git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)

@@ -1,0 +1,329 @@
+"""The configuration of a training run: one tree of dataclasses, read from YAML and dotted overrides.
+
+A YAML file may name another as its `base` (a path relative to itself); the file's own keys win over the
+base's, and `a.b=c` overrides win over both. Unknown keys, wrong types and impossible combinations are errors
+here, before any tensor is allocated. The `model` section holds `architecture` (`dlcm` or `llama`) and fields
+of that model's config.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from transformers import PreTrainedConfig
+
+from dlcm import DLCMConfig, LlamaBaselineConfig
+
+MODEL_CONFIGS: dict[str, type[DLCMConfig] | type[LlamaBaselineConfig]] = {
+    "dlcm": DLCMConfig,
+    "llama": LlamaBaselineConfig,
+}
+FROM_TOKENIZER = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)  # model fields that are not the run's to choose
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What values a number may have, and the words for it."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_TWO = Range("at least 2", lambda value: value >= 2)
+POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
+FRACTION = Range("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Range("0 or more, and below 1", lambda value: 0 <= value < 1)
+
+
+def within(allowed: Range, default: Any = MISSING) -> Any:
+    """A dataclass field whose value, unless null, must lie in the range."""
+    return field(default=default, metadata={"range": allowed})
+
+
+@dataclass
+class DataConfig:
+    """What is read: a directory written by `train.prepare`, in windows of `sequence_length` tokens."""
+
+    path: str = MISSING
+    sequence_length: int = within(AT_LEAST_TWO)  # one token alone has no target
+    verify: bool = True  # check the shards' sha256 at start
+
+
+@dataclass
+class BatchConfig:
+    """Windows per micro-batch and micro-batches per step, both per process."""
+
+    rows: int = within(AT_LEAST_ONE)
+    accumulation: int = within(AT_LEAST_ONE, 1)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with decoupled muP: base learning rates by the role of parameters (see dlcm/mup.py)."""
+
+    lr_token: float = within(POSITIVE)
+    lr_concept: float | None = within(POSITIVE, None)  # null for the baseline: it has no concept parameters
+    lr_boundary: float | None = within(POSITIVE, None)  # of a learned boundary detector, well below lr_token
+    lr_other: float = within(POSITIVE)
+    beta1: float = within(BELOW_ONE, 0.9)
+    beta2: float = within(BELOW_ONE, 0.95)
+    eps: float = within(POSITIVE, 1e-8)
+    weight_decay: float = within(NOT_NEGATIVE, 0.1)
+    clip_norm: float = within(POSITIVE, 1.0)
+
+
+@dataclass
+class ScheduleConfig:
+    """Warm-up, stable, decay over `steps` optimizer steps; the boundary sharpening moves along with them."""
+
+    steps: int = within(AT_LEAST_ONE)
+    warmup_steps: int = within(NOT_NEGATIVE, 0)
+    decay_fraction: float = within(FRACTION, 0.2)  # share of all steps spent decaying, at the end
+    final_lr_fraction: float = within(FRACTION, 0.1)
+    sharpening_final: float | None = within(POSITIVE, None)  # null keeps the model's own sharpening
+
+
+@dataclass
+class EvaluationConfig:
+    """How often, in steps, and on how many validation tokens (null: all of them)."""
+
+    every: int = within(AT_LEAST_ONE, 500)
+    max_tokens: int | None = within(AT_LEAST_TWO, None)
+
+
+@dataclass
+class CheckpointConfig:
+    """How often, in steps, and how many of the newest checkpoints to keep."""
+
+    every: int = within(AT_LEAST_ONE, 500)
+    keep: int = within(AT_LEAST_ONE, 2)
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run. `output` is the run directory."""
+
+    output: str = MISSING
+    seed: int = within(NOT_NEGATIVE, 0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on the CPU
+    threads: int | None = within(AT_LEAST_ONE, None)  # of torch on the CPU; sums depend on it in the last bits
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log_every: int = within(AT_LEAST_ONE, 10)
+    max_bad_steps: int = within(AT_LEAST_ONE, 10)  # non-finite steps in a row that stop the run
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file, its bases and `a.b=c` overrides describe, validated.
+
+    Raises:
+        ConfigError: something is unknown, mistyped, missing or impossible; names the file or "command line".
+    """
+    sources = [*_read_with_bases(Path(path)), ("command line", _read_overrides(overrides))]
+    _check_keys(sources)
+    merged = OmegaConf.structured(RunConfig)
+    for source, content in sources:
+        try:
+            merged = OmegaConf.merge(merged, content)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from error
+    try:
+        run = OmegaConf.to_object(merged)
+        assert isinstance(run, RunConfig)
+        validate(run)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return run
+
+
+def save_run_config(run: RunConfig, path: str | Path) -> None:
+    """Writes the resolved run as YAML that `load_run_config` reads back to an equal run."""
+    OmegaConf.save(OmegaConf.structured(run), path)
+
+
+def config_differences(run: RunConfig, other: RunConfig) -> list[str]:
+    """Dotted keys whose values differ between two runs."""
+    ours, theirs = _flatten(dataclasses.asdict(run)), _flatten(dataclasses.asdict(other))
+    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+
+
+def build_model_config(run: RunConfig) -> DLCMConfig | LlamaBaselineConfig:
+    """The model config that the `model` section describes.
+
+    Raises:
+        ConfigError: unknown architecture or key, a wrong type, or widths and heads that do not fit together.
+    """
+    fields = dict(run.model)
+    architecture = fields.pop("architecture", None)
+    if architecture not in MODEL_CONFIGS:
+        raise ConfigError(f"model.architecture is {architecture!r}; choose one of {', '.join(MODEL_CONFIGS)}")
+    config_class = MODEL_CONFIGS[architecture]
+    for entry in dataclasses.fields(config_class):
+        if entry.type is float and type(fields.get(entry.name)) is int:
+            fields[entry.name] = float(fields[entry.name])  # YAML writes 4, the strict dataclass insists on 4.0
+    try:
+        return config_class(**fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        cause = error.__cause__ or error  # a strict dataclass wraps what its checks raise
+        raise ConfigError(f"model: {' '.join(str(cause).split())}") from error
+
+
+def validate(run: RunConfig) -> None:
+    """Checks values and their combinations; allocates nothing.
+
+    Raises:
+        ConfigError: no run can have these values; names the key and the remedy.
+    """
+    _check_ranges(run)
+    model_config = build_model_config(run)
+    schedule, rates = run.schedule, run.optimizer
+    if run.data.sequence_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length is {run.data.sequence_length}, longer than model.max_position_embeddings "
+            f"{model_config.max_position_embeddings}; shorten the one or raise the other"
+        )
+    if schedule.warmup_steps + round(schedule.decay_fraction * schedule.steps) > schedule.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_fraction "
+            f"{schedule.decay_fraction} together exceed schedule.steps {schedule.steps}; shorten one of them"
+        )
+    learned = isinstance(model_config, DLCMConfig) and model_config.segmenter == "learned"
+    _check_given("optimizer.lr_concept", rates.lr_concept, isinstance(model_config, DLCMConfig), "concept parameters")
+    _check_given("optimizer.lr_boundary", rates.lr_boundary, learned, "a learned segmenter")
+    if schedule.sharpening_final is not None and not learned:
+        raise ConfigError("schedule.sharpening_final: this model has no learned segmenter to sharpen; leave it null")
+
+
+def _check_given(key: str, value: float | None, needed: bool, what: str) -> None:
+    if needed and value is None:
+        raise ConfigError(f"{key} is missing; this model has {what}")
+    if not needed and value is not None:
+        raise ConfigError(f"{key} is set, but this model does not have {what}; leave it null")
+
+
+def _check_ranges(section: Any, prefix: str = "") -> None:
+    for entry in dataclasses.fields(section):
+        value, allowed = getattr(section, entry.name), entry.metadata.get("range")
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{prefix}{entry.name}.")
+        elif allowed is not None and value is not None and not allowed.holds(value):
+            raise ConfigError(f"{prefix}{entry.name} is {value}, but must be {allowed.words}")
+
+
+def _check_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Unknown keys are looked for in each source before merging, while it is known who wrote them."""
+    valid, sections = _valid_keys(sources), [entry.name for entry in dataclasses.fields(RunConfig)]
+    for source, content in sources:
+        for key, value in _flatten(content).items():
+            if key not in valid and key in sections:
+                raise ConfigError(f"{source}: {key} is a section; write its keys, not {value!r}")
+            if key not in valid:
+                raise ConfigError(f"{source}: unknown key {key!r}{_suggestion(key, valid)}")
+
+
+def _valid_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Dotted names of every leaf; those of `model` follow from the architecture that the sources agree on."""
+    written: dict[str, Any] = {}
+    for _, content in sources:
+        written |= _flatten(content)
+    architecture = written.get("model.architecture")
+    chosen = [MODEL_CONFIGS[architecture]] if architecture in MODEL_CONFIGS else list(MODEL_CONFIGS.values())
+    generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)} | set(FROM_TOKENIZER)
+    names = {entry.name: None for config in chosen for entry in dataclasses.fields(config)}
+    keys = ["model.architecture", *(f"model.{name}" for name in names if name not in generic)]
+    for entry in dataclasses.fields(RunConfig):
+        section = entry.default_factory
+        if section is NO_DEFAULT:
+            keys.append(entry.name)
+        elif isinstance(section, type) and dataclasses.is_dataclass(section):
+            keys += [f"{entry.name}.{leaf.name}" for leaf in dataclasses.fields(section)]
+    return keys
+
+
+def _suggestion(key: str, valid: Sequence[str]) -> str:
+    """The valid key that was probably meant: one spelt alike, or the same word in another section."""
+    by_leaf = {name.rpartition(".")[2]: name for name in valid}
+    alike = difflib.get_close_matches(key, valid, 1)
+    alike += [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1)]
+    return f"; did you mean {alike[0]!r}?" if alike else ""
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(source, content) of a file's bases, oldest first, then of the file itself."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: is its own base; remove one of the `base` keys")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return [(str(path), content)]
+    return [*_read_with_bases(path.parent / str(base), (*seen, path.resolve())), (str(path), content)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold `key: value` pairs at the top level")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"command line: {override!r} is no override; write section.key=value")
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message without its trailing lines about internal types, headed by the full key."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing; set it in the file or as {error.full_key}=VALUE"
+    message = str(error).splitlines()[0]
+    return f"{error.full_key}: {message}" if error.full_key else message
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves

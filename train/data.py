@@ -1,0 +1,306 @@
+"""Memory-mapped token shards, and the packed batches read from them.
+
+A batch is a pure function of (seed, step, rank, micro-batch): nothing has to be saved or fast-forwarded for a
+resumed run to continue with exactly the batches the uninterrupted run would have seen.
+
+Names: T tokens, D documents, V vocabulary. On disk (written by `train.prepare`):
+
+    manifest.json                  what is here, with a sha256 of every file that matters
+    tokenizer.json, ...            the tokenizer
+    token_bytes.npy                (V,) float32, bytes of text that each id stands for
+    SPLIT/00000.bin                token ids, little-endian uint16 or uint32, documents end to end
+    SPLIT/00000.idx                uint64 offset of each document's first token within the shard
+    SPLIT/documents.jsonl          source, domain, bytes and tokens of each document
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from train.tokenizer import tokenizer_hash
+
+FORMAT_VERSION = 1
+TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+INDEX_DTYPE = np.dtype("<u8")
+TOKEN_BYTES_FILE = "token_bytes.npy"
+
+
+class DataError(ValueError):
+    """Data that cannot be prepared or read; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One packed row of T tokens that holds D documents.
+
+    `cu_seqlens` (D+1,) int32 stays on the CPU: document d is tokens cu_seqlens[d]:cu_seqlens[d+1], the longest
+    has `max_seqlen` tokens. The first token of a document is never a target, so `num_targets` = T - D;
+    `target_bytes` is the text that those targets stand for, in bytes.
+    """
+
+    input_ids: Tensor  # (T,) int64
+    labels: Tensor  # (T,) int64, equal to input_ids: the model shifts inside each document
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_targets: int
+    target_bytes: float
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tokens on `device`."""
+        return PackedBatch(
+            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=self.max_seqlen,
+            num_targets=self.num_targets,
+            target_bytes=self.target_bytes,
+        )
+
+
+class TokenShards:
+    """One split of prepared data: all its documents end to end, across shard borders, as one stream of tokens.
+
+    Opening checks the manifest and the size of every file and, with `verify`, every sha256 (reads all the data
+    once). Raises DataError naming the file that is missing, truncated or edited.
+    """
+
+    def __init__(self, path: str | Path, split: str, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.split = split
+        self.manifest = _read_manifest(self.path)
+        if split not in self.manifest["splits"]:
+            present = ", ".join(self.manifest["splits"])
+            raise DataError(f"{self.path}: no split '{split}' (there is {present}); prepare it anew with one")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.tokenizer_hash: str = self.manifest["tokenizer"]["hash"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+
+        dtype = TOKEN_DTYPES[self.manifest["dtype"]]
+        check_file(self.path, TOKEN_BYTES_FILE, None, self.manifest["token_bytes_sha256"])
+        self.token_bytes_V = np.load(self.path / TOKEN_BYTES_FILE, allow_pickle=False).astype(np.float64)
+
+        self._tokens: list[np.ndarray] = []
+        self._starts: list[np.ndarray] = []
+        for shard in self.manifest["splits"][split]["shards"]:
+            size, index_size = shard["tokens"] * dtype.itemsize, shard["documents"] * INDEX_DTYPE.itemsize
+            check_file(self.path, shard["file"], size, shard["sha256"] if verify else None)
+            check_file(self.path, shard["index_file"], index_size, shard["index_sha256"] if verify else None)
+            self._tokens.append(np.memmap(self.path / shard["file"], dtype, mode="r"))
+            self._starts.append(np.memmap(self.path / shard["index_file"], INDEX_DTYPE, mode="r"))
+        # _borders[i] is where shard i begins in the stream; the last entry is the end.
+        self._borders = np.cumsum([0] + [len(tokens) for tokens in self._tokens])
+        self.num_tokens = int(self._borders[-1])
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raise DataError unless these shards were written with `tokenizer`."""
+        other = tokenizer_hash(tokenizer)
+        if other != self.tokenizer_hash:
+            raise DataError(
+                f"{self.path}: the shards were written with tokenizer {self.tokenizer_hash[:12]}, not {other[:12]}; "
+                f"prepare the data with this tokenizer, or load the one in {self.path}"
+            )
+
+    def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens start:start+length of the stream.
+
+        Returns their ids (length,) int64 and the positions inside the window where a document starts, (d,)
+        int64 ascending, 0 among them only when one starts exactly there. Raises ValueError out of bounds.
+        """
+        stop = start + length
+        if not 0 <= start < stop <= self.num_tokens:
+            raise ValueError(f"window {start}:{stop} is not within the {self.num_tokens} tokens of '{self.split}'")
+        ids_T = np.empty(length, dtype=np.int64)
+        document_starts: list[np.ndarray] = []
+        first = int(np.searchsorted(self._borders, start, side="right")) - 1
+        last = int(np.searchsorted(self._borders, stop, side="left"))
+        for shard in range(first, last):
+            border = int(self._borders[shard])
+            begin, end = max(start - border, 0), min(stop - border, len(self._tokens[shard]))
+            to_window = border - start
+            ids_T[begin + to_window : end + to_window] = self._tokens[shard][begin:end]
+            starts = self._starts[shard]
+            low, high = np.searchsorted(starts, np.array([begin, end], dtype=INDEX_DTYPE))
+            document_starts.append(starts[low:high].astype(np.int64) + to_window)
+        return ids_T, np.concatenate(document_starts)
+
+
+class PackedLoader:
+    """Shuffled training batches of one rank.
+
+    The stream is cut into windows of `sequence_length` tokens (a shorter rest is left out), and each epoch visits
+    every window once, in an order drawn from (seed, epoch). Step s takes the next
+    `world_size * accumulation * rows` windows, running on into the next epoch where one ends; which windows these
+    are depends on that product alone, so ranks and accumulation may be traded against each other.
+
+    Raises DataError when the split is smaller than one window, ValueError for impossible arguments.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        sequence_length: int,
+        rows: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        _check_window_arguments(sequence_length, rows)
+        if world_size < 1 or accumulation < 1:
+            raise ValueError(f"world_size={world_size} and accumulation={accumulation} must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not within world_size={world_size}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        if shards.num_tokens < sequence_length:
+            raise DataError(
+                f"{shards.path}: '{shards.split}' has {shards.num_tokens} tokens, fewer than one sequence of "
+                f"{sequence_length}; prepare more text or shorten sequence_length"
+            )
+        self.shards = shards
+        self.sequence_length = sequence_length
+        self.rows = rows
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulation = accumulation
+        self.windows_per_epoch = shards.num_tokens // sequence_length
+        self.windows_per_step = world_size * accumulation * rows
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch drawn last; a cache, not state
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a whole step, over all ranks and micro-batches."""
+        return self.windows_per_step * self.sequence_length
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which `step` begins."""
+        return step * self.windows_per_step // self.windows_per_epoch
+
+    def batch(self, step: int, micro: int = 0) -> PackedBatch:
+        """Micro-batch `micro` of `step` for this rank: T = rows * sequence_length tokens in one packed row."""
+        if step < 0 or not 0 <= micro < self.accumulation:
+            raise ValueError(f"step={step}, micro={micro}: no such micro-batch (accumulation={self.accumulation})")
+        place = step * self.windows_per_step + (micro * self.world_size + self.rank) * self.rows
+        starts = [self._window(place + row) * self.sequence_length for row in range(self.rows)]
+        return _pack(self.shards, [(start, self.sequence_length) for start in starts])
+
+    def _window(self, place: int) -> int:
+        """Number of the window at `place` in the endless sequence of shuffled epochs."""
+        epoch, position = divmod(place, self.windows_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows_per_epoch)
+        return int(self._order[1][position])
+
+
+def validation_batches(
+    shards: TokenShards, sequence_length: int, rows: int, max_tokens: int | None
+) -> Iterator[PackedBatch]:
+    """The split from its beginning, in order, every token once, up to `max_tokens` (None: all of it).
+
+    Batches hold `rows` windows of `sequence_length` tokens; the last window and the last batch may be shorter.
+    """
+    _check_window_arguments(sequence_length, rows)
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens={max_tokens} leaves nothing to predict")
+    total = shards.num_tokens if max_tokens is None else min(max_tokens, shards.num_tokens)
+    for batch_start in range(0, total, rows * sequence_length):
+        batch_stop = min(batch_start + rows * sequence_length, total)
+        starts = range(batch_start, batch_stop, sequence_length)
+        batch = _pack(shards, [(start, min(sequence_length, batch_stop - start)) for start in starts])
+        if batch.num_targets > 0:  # a lone last token opens its window, and nothing predicts it
+            yield batch
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """sha256 over what decides the batches: shard contents and order, tokenizer, dtype and bytes per token."""
+    splits = {
+        name: [[shard["sha256"], shard["index_sha256"]] for shard in split["shards"]]
+        for name, split in manifest["splits"].items()
+    }
+    content = [manifest["dtype"], manifest["tokenizer"]["hash"], manifest["token_bytes_sha256"], splits]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(directory: Path, name: str, size: int | None, sha256: str | None) -> None:
+    """Raise DataError unless the file is there, has `size` bytes and hashes to `sha256` (None: not checked)."""
+    path = directory / name
+    if not path.is_file():
+        raise DataError(f"{path}: missing; delete {directory} and prepare it anew")
+    actual = path.stat().st_size
+    if size is not None and actual != size:
+        raise DataError(
+            f"{path}: {actual} bytes where the manifest says {size}, so it was truncated or replaced; "
+            f"delete {directory} and prepare it anew"
+        )
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise DataError(
+            f"{path}: its sha256 is not the manifest's, so it was edited or damaged; "
+            f"delete {directory} and prepare it anew"
+        )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{directory}: no prepared data here; run python -m train.prepare ... --output {directory}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); delete {directory} and prepare it anew") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version}, this code reads {FORMAT_VERSION}; "
+            f"delete {directory} and prepare it anew"
+        )
+    if manifest["fingerprint"] != fingerprint(manifest):
+        raise DataError(f"{path}: edited, its fingerprint no longer fits; delete {directory} and prepare it anew")
+    return manifest
+
+
+def _check_window_arguments(sequence_length: int, rows: int) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} leaves nothing to predict; it must be at least 2")
+    if rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1")
+
+
+def _pack(shards: TokenShards, windows: list[tuple[int, int]]) -> PackedBatch:
+    """Lay windows (start, length) end to end; each window, and each document inside one, opens a document."""
+    ids: list[np.ndarray] = []
+    opens: list[np.ndarray] = []
+    length = 0
+    for start, window_length in windows:
+        window_ids, document_starts = shards.window(start, window_length)
+        ids.append(window_ids)
+        opens.append(np.append(document_starts, 0) + length)
+        length += window_length
+    ids_T = np.concatenate(ids)
+    opens_D = np.unique(np.concatenate(opens))
+    cu_seqlens = np.append(opens_D, length).astype(np.int32)
+    bytes_T = shards.token_bytes_V[ids_T]
+    input_ids = torch.from_numpy(ids_T)
+    return PackedBatch(
+        input_ids=input_ids,
+        labels=input_ids,
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        num_targets=length - len(opens_D),
+        target_bytes=float(bytes_T.sum() - bytes_T[opens_D].sum()),
+    )

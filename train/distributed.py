@@ -1,0 +1,72 @@
+"""Ranks: what the processes of one run have to agree on. In a single process every method is the obvious thing.
+
+Several are started by `torchrun --nproc-per-node N -m train.pretrain ...`; tensors on the CPU travel by gloo,
+those on CUDA by NCCL.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerFailure(RuntimeError):
+    """Rank 0 failed and says why; the other ranks stop without a word."""
+
+
+class Ranks:
+    """This process's `rank` among `size`; `local_rank` counts on its machine."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.size == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
+
+    def on_first(self, action: Callable[[], int | None]) -> int:
+        """Runs `action` on rank 0 alone and returns its result (None is 0) on every rank.
+
+        Raises:
+            PeerFailure: on the other ranks, when `action` raised on rank 0 (where its own error is raised).
+        """
+        if self.size == 1:
+            return action() or 0
+        failure: Exception | None = None
+        answer = torch.zeros(2, dtype=torch.int64)  # the result, and whether there is none
+        if self.is_first:
+            try:
+                answer[0] = action() or 0
+            except Exception as error:  # the other ranks must hear of it before it is raised
+                failure, answer[1] = error, 1
+        dist.broadcast(answer, 0)
+        if failure is not None:
+            raise failure
+        result, failed = answer.tolist()
+        if failed:
+            raise PeerFailure
+        return result
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,534 @@
+"""Turn documents into memory-mapped token shards: `python -m train.prepare INPUT... --output DIR`.
+
+    python -m train.prepare data/embedded.jsonl.xz --output runs/data --tokenizer bpe:4096
+    python -m train.prepare hub:NAME:CONFIG --streaming --output runs/data --tokenizer HUB_ID
+
+A document becomes [bos] + tokens + [eos], with those of the two that the tokenizer defines. Whether it belongs to
+validation depends on its text and the seed alone, so neither the order of the inputs nor the number of workers
+changes the result. Everything is written into DIR.tmp and renamed when complete. `train.documents` describes the
+inputs, `train.data` the files written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from train.data import (
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    TOKEN_BYTES_FILE,
+    TOKEN_DTYPES,
+    DataError,
+    file_sha256,
+    fingerprint,
+)
+from train.documents import BadDocuments, Document, Source, open_sources, read_documents
+from train.tokenizer import (
+    TokenizerError,
+    load_tokenizer,
+    special_ids,
+    token_byte_lengths,
+    tokenizer_hash,
+    train_bpe,
+    vocabulary_size,
+)
+
+# More text than this no longer changes the merges of a BPE noticeably, and would have to be held in memory.
+BPE_TRAINING_BYTES = 1_000_000_000
+BATCH_CHARACTERS = 250_000  # text handed to a worker at a time
+FLUSH_BYTES = 8_000_000  # of ids held back before they are written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareArguments:
+    """What is prepared from what; the fields are the command line's options."""
+
+    inputs: tuple[str, ...]
+    output: Path
+    tokenizer: str = "byte"
+    validation_fraction: float = 0.02
+    text_column: str = "text"
+    split: str | None = None
+    streaming: bool = False
+    workers: int = 1
+    shard_tokens: int = 100_000_000
+    dtype: str | None = None
+    seed: int = 0
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"--validation-fraction {self.validation_fraction}: must be at least 0 and below 1")
+        if self.workers < 1:
+            raise DataError(f"--workers {self.workers}: must be at least 1")
+        if self.shard_tokens < 1:
+            raise DataError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
+
+
+def prepare(arguments: PrepareArguments) -> dict[str, Any]:
+    """Write the shards and return their manifest; a directory that already holds exactly them is left alone.
+
+    Raises DataError or TokenizerError, with nothing written, for anything that cannot be prepared as asked.
+    """
+    sources = open_sources(arguments.inputs, arguments.split, arguments.streaming)
+    bpe_size = _bpe_size(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer) if bpe_size is None else None
+    request = _request(arguments, sources, tokenizer)
+    existing = _existing_manifest(arguments.output, request)
+    if existing is not None:
+        print(f"{arguments.output}: already prepared")
+        return existing
+
+    with _staged(arguments.output) as staging:
+        if bpe_size is not None:
+            tokenizer = _trained_tokenizer(arguments, sources, bpe_size)
+        assert tokenizer is not None
+        manifest = _write_shards(arguments, sources, tokenizer, staging)
+        manifest["arguments"] = request
+        _write_json(staging / "manifest.json", manifest)
+    _print_summary(arguments.output, manifest)
+    return manifest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 2 with one `error:` line on stderr when the request cannot be met."""
+    parser = _argument_parser()
+    options = vars(parser.parse_args(argv))
+    try:
+        prepare(PrepareArguments(**options | {"inputs": tuple(options["inputs"])}))
+    except (DataError, TokenizerError, OSError) as error:  # an OSError names its file and what is wrong with it
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; the same command starts again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.prepare",
+        description="Turn documents into memory-mapped token shards.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="file, directory, hub:NAME[:CONFIG] or disk:PATH")
+    add("--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    add("--tokenizer", default="byte", help="byte, bpe:SIZE (trained on the training split), a path or a hub id")
+    add("--validation-fraction", type=float, default=0.02, help="share of documents held out")
+    add("--text-column", default="text", help="where rows keep their text")
+    add("--split", help="which split of a dataset to read; train if not given")
+    add("--streaming", action="store_true", help="read hub: datasets without downloading them first")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+    add("--shard-tokens", type=int, default=100_000_000, help="a shard is closed once it has this many tokens")
+    add("--dtype", choices=sorted(TOKEN_DTYPES), help="of stored ids; the smallest that holds the vocabulary")
+    add("--seed", type=int, default=0, help="draws the validation documents")
+    add("--skip-bad", action="store_true", help="leave unusable documents out and count them")
+    return parser
+
+
+# What was asked for
+
+
+def _bpe_size(name: str) -> int | None:
+    """SIZE of `bpe:SIZE`, None for any other tokenizer."""
+    if not name.startswith("bpe:"):
+        return None
+    size = name.removeprefix("bpe:")
+    if not size.isdecimal():
+        raise TokenizerError(f"--tokenizer {name}: not a vocabulary size; write bpe:4096")
+    return int(size)
+
+
+def _request(
+    arguments: PrepareArguments, sources: list[Source], tokenizer: PreTrainedTokenizerFast | None
+) -> dict[str, Any]:
+    """Everything that decides the output; how it is computed (workers, streaming) and where is left out."""
+    return {
+        "sources": [[source.name, source.identity] for source in sources],
+        "tokenizer": arguments.tokenizer if tokenizer is None else tokenizer_hash(tokenizer),
+        "validation_fraction": arguments.validation_fraction,
+        "text_column": arguments.text_column,
+        "shard_tokens": arguments.shard_tokens,
+        "dtype": arguments.dtype,
+        "seed": arguments.seed,
+        "skip_bad": arguments.skip_bad,
+    }
+
+
+def _existing_manifest(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest in `output` when it answers this very request, None when nothing is there yet."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    path = output / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"--output {output}: exists and is not prepared data; name another directory")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"--output {output}: manifest.json is not JSON ({error}); delete the directory") from error
+    previous = manifest["arguments"] if manifest.get("format_version") == FORMAT_VERSION else {}
+    differing = [key for key in request if previous.get(key) != request[key]]
+    if differing:
+        raise DataError(
+            f"--output {output}: holds data prepared differently ({', '.join(differing)}); "
+            "name another directory, or delete this one"
+        )
+    return manifest
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A directory to write into; it becomes `output` at the end, or disappears with the first exception."""
+    staging = output.with_name(output.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.rename(output)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"--output {output}: no space left on this device; {staging} was removed") from error
+        raise
+
+
+# Documents
+
+
+def _documents(arguments: PrepareArguments, sources: list[Source], bad: BadDocuments) -> Iterator[Document]:
+    for source in sources:
+        yield from read_documents(source, arguments.text_column, bad)
+
+
+def split_of(text: str, seed: int, validation_fraction: float) -> str:
+    """`train` or `validation`, as a pure function of the text and the seed."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return "validation" if int.from_bytes(digest, "big") < validation_fraction * 2**64 else "train"
+
+
+def _trained_tokenizer(arguments: PrepareArguments, sources: list[Source], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A BPE trained on the training split: the validation text must not shape what measures it."""
+    bad = BadDocuments(arguments.skip_bad)
+    texts = (
+        document.text
+        for document in _documents(arguments, sources, bad)
+        if split_of(document.text, arguments.seed, arguments.validation_fraction) == "train"
+    )
+    return train_bpe(_first_bytes(texts, BPE_TRAINING_BYTES), vocab_size)
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    with _progress("training the tokenizer") as progress:
+        for text in texts:
+            yield text
+            progress.update(len(text.encode()))
+            if progress.n >= limit:
+                return
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDocument:
+    """Ids of one document without bos and eos, and the size of its text."""
+
+    ids: np.ndarray
+    text_bytes: int
+
+
+class DocumentTokenizer:
+    """Turns a list of texts into TokenizedDocuments; can be rebuilt in another process from its JSON."""
+
+    def __init__(self, tokenizer_json: str, dtype: np.dtype) -> None:
+        self._backend = Tokenizer.from_str(tokenizer_json)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        # Text that spells "<|eos|>" is text: only prepare itself places special tokens.
+        self._backend.encode_special_tokens = True
+        self._dtype = dtype
+
+    def __call__(self, texts: list[str]) -> list[TokenizedDocument]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            TokenizedDocument(np.array(encoding.ids, dtype=self._dtype), len(text.encode()))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+
+_worker_tokenizer: DocumentTokenizer
+
+
+def _start_worker(tokenizer_json: str, dtype: np.dtype) -> None:
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_tokenizer = DocumentTokenizer(tokenizer_json, dtype)
+
+
+def _tokenize_in_worker(texts: list[str]) -> list[TokenizedDocument]:
+    return _worker_tokenizer(texts)
+
+
+def _tokenized(
+    documents: Iterable[Document], tokenizer_json: str, dtype: np.dtype, workers: int
+) -> Iterator[tuple[Document, TokenizedDocument]]:
+    """Documents with their tokens, in order whatever the number of workers."""
+    batches = _batches(documents)
+    if workers == 1:
+        tokenize = DocumentTokenizer(tokenizer_json, dtype)
+        for batch in batches:
+            yield from zip(batch, tokenize([document.text for document in batch]), strict=True)
+        return
+    # Spawned, since forking a process that already runs threads (torch, tokenizers) may deadlock.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_json, dtype))
+    pending: deque[tuple[list[Document], Future[list[TokenizedDocument]]]] = deque()
+    try:
+        for batch in batches:
+            pending.append((batch, pool.submit(_tokenize_in_worker, [document.text for document in batch])))
+            # Enough to keep every worker busy, and no more: the input may be larger than memory.
+            if len(pending) > 2 * workers:
+                batch, future = pending.popleft()
+                yield from zip(batch, future.result(), strict=True)
+        for batch, future in pending:
+            yield from zip(batch, future.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Shards
+
+
+class SplitWriter:
+    """Writes the shards of one split; a document never crosses from one shard into the next."""
+
+    def __init__(self, directory: Path, split: str, shard_tokens: int) -> None:
+        self.text_bytes = 0
+        self.shards: list[dict[str, Any]] = []
+        self._directory = directory
+        self._split = split
+        self._shard_tokens = shard_tokens
+        self._start_shard()
+        (directory / split).mkdir()
+
+    def add(self, ids: np.ndarray, text_bytes: int, document: Document) -> None:
+        """Append one document: its ids (bos and eos included) and its line in documents.jsonl."""
+        self.text_bytes += text_bytes
+        self._starts.append(self._tokens)
+        self._tokens += len(ids)
+        self._id_buffer += ids.tobytes()
+        record = {"source": document.source, "domain": document.domain, "bytes": text_bytes, "tokens": len(ids)}
+        self._record_buffer += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        if len(self._id_buffer) >= FLUSH_BYTES:
+            self._flush()
+        if self._tokens >= self._shard_tokens:
+            self._end_shard()
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns the split's part of the manifest."""
+        if self._starts:
+            self._end_shard()
+        return {
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "documents": sum(shard["documents"] for shard in self.shards),
+            "text_bytes": self.text_bytes,
+            "shards": self.shards,
+        }
+
+    def _start_shard(self) -> None:
+        name = f"{self._split}/{len(self.shards):05d}"
+        self._file, self._index_file = f"{name}.bin", f"{name}.idx"
+        self._starts: list[int] = []
+        self._tokens = 0
+        self._id_buffer = bytearray()
+        self._record_buffer = bytearray()
+        self._hash = hashlib.sha256()
+
+    def _flush(self) -> None:
+        for name, buffer in ((self._file, self._id_buffer), (f"{self._split}/documents.jsonl", self._record_buffer)):
+            with (self._directory / name).open("ab") as file:
+                file.write(buffer)
+        self._hash.update(self._id_buffer)
+        self._id_buffer, self._record_buffer = bytearray(), bytearray()
+
+    def _end_shard(self) -> None:
+        self._flush()
+        index = np.array(self._starts, dtype=INDEX_DTYPE).tobytes()
+        (self._directory / self._index_file).write_bytes(index)
+        self.shards.append(
+            {
+                "file": self._file,
+                "index_file": self._index_file,
+                "tokens": self._tokens,
+                "documents": len(self._starts),
+                "sha256": self._hash.hexdigest(),
+                "index_sha256": hashlib.sha256(index).hexdigest(),
+            }
+        )
+        self._start_shard()
+
+
+def _write_shards(
+    arguments: PrepareArguments, sources: list[Source], tokenizer: PreTrainedTokenizerFast, staging: Path
+) -> dict[str, Any]:
+    """Tokenise every document into the shards of its split; returns the manifest."""
+    vocab_size = vocabulary_size(tokenizer)
+    dtype_name = _dtype_name(arguments.dtype, vocab_size)
+    dtype = TOKEN_DTYPES[dtype_name]
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    head = np.array([] if bos_id is None else [bos_id], dtype=dtype)
+    tail = np.array([] if eos_id is None else [eos_id], dtype=dtype)
+    split_names = ["train"] if arguments.validation_fraction == 0 else ["train", "validation"]
+    writers = {name: SplitWriter(staging, name, arguments.shard_tokens) for name in split_names}
+    measure = TextMeasure(tokenizer)
+    bad = BadDocuments(arguments.skip_bad)
+
+    documents = _documents(arguments, sources, bad)
+    tokenizer_json = tokenizer.backend_tokenizer.to_str()
+    with _progress("tokenising") as progress:
+        for document, tokenized in _tokenized(documents, tokenizer_json, dtype, arguments.workers):
+            progress.update(tokenized.text_bytes)
+            if len(tokenized.ids) == 0:
+                bad.report(document.where, "the tokenizer turns it into no token at all")
+                continue
+            measure.add(tokenized)
+            split = split_of(document.text, arguments.seed, arguments.validation_fraction)
+            writers[split].add(np.concatenate([head, tokenized.ids, tail]), tokenized.text_bytes, document)
+
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    _check_splits(splits, arguments, bad)
+    tokenizer.save_pretrained(staging)
+    np.save(staging / TOKEN_BYTES_FILE, measure.token_bytes(), allow_pickle=False)
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype_name,
+        "tokenizer": {
+            "name": arguments.tokenizer,
+            "hash": tokenizer_hash(tokenizer),
+            "vocab_size": vocab_size,
+            "bos_token_id": bos_id,
+            "eos_token_id": eos_id,
+        },
+        "token_bytes": "exact" if measure.exact else "average",
+        "token_bytes_sha256": file_sha256(staging / TOKEN_BYTES_FILE),
+        "splits": splits,
+        "skipped_documents": bad.skipped,
+    }
+    manifest["fingerprint"] = fingerprint(manifest)
+    return manifest
+
+
+class TextMeasure:
+    """How many bytes of text each token id stands for, checked against every document.
+
+    It is `exact` as long as the lengths known from the vocabulary add up to the length of each document; where they
+    are unknown or ever fail to (not byte-level, a normaliser), every id counts the average instead.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._lengths_V = token_byte_lengths(tokenizer)  # None: not exact
+        self._vocab_size = vocabulary_size(tokenizer)
+        self._special = sorted(special_ids(tokenizer))
+        self._text_bytes = 0
+        self._tokens = 0
+
+    @property
+    def exact(self) -> bool:
+        return self._lengths_V is not None
+
+    def add(self, document: TokenizedDocument) -> None:
+        self._text_bytes += document.text_bytes
+        self._tokens += len(document.ids)
+        if self._lengths_V is not None and self._lengths_V[document.ids].sum() != document.text_bytes:
+            self._lengths_V = None
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) float32; 0 for special tokens, which stand for no text."""
+        if self._lengths_V is not None:
+            return self._lengths_V.astype(np.float32)
+        average_V = np.full(self._vocab_size, self._text_bytes / self._tokens, dtype=np.float32)
+        average_V[self._special] = 0
+        return average_V
+
+
+def _dtype_name(asked: str | None, vocab_size: int) -> str:
+    fitting = [name for name, dtype in TOKEN_DTYPES.items() if vocab_size <= 256**dtype.itemsize]
+    if asked is not None and asked not in fitting:
+        raise DataError(
+            f"--dtype {asked}: cannot hold a vocabulary of {vocab_size} ids; use --dtype {fitting[0]} or leave it out"
+        )
+    return asked or fitting[0]
+
+
+def _check_splits(splits: dict[str, Any], arguments: PrepareArguments, bad: BadDocuments) -> None:
+    counts = {name: split["documents"] for name, split in splits.items()}
+    if sum(counts.values()) == 0:
+        skipped = f" ({bad.skipped} were skipped as unusable)" if bad.skipped else ""
+        raise DataError(f"{' '.join(arguments.inputs)}: no documents in the input{skipped}")
+    for name, count in counts.items():
+        if count == 0:
+            raise DataError(
+                f"--validation-fraction {arguments.validation_fraction}: none of the {sum(counts.values())} documents "
+                f"fell into the {name} split; change the fraction (0 for no validation split) or --seed"
+            )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _progress(description: str) -> tqdm:
+    """A progress bar in bytes of text, shown on terminals only."""
+    return tqdm(desc=description, unit="B", unit_scale=True, disable=None)
+
+
+def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
+    print(f"{output}: vocabulary {manifest['tokenizer']['vocab_size']}, bytes per token {manifest['token_bytes']}")
+    for name, split in manifest["splits"].items():
+        ratio = split["text_bytes"] / split["tokens"]
+        print(
+            f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['text_bytes']:,} bytes "
+            f"({ratio:.2f} per token), {len(split['shards'])} shards"
+        )
+    if manifest["skipped_documents"]:
+        print(f"  {manifest['skipped_documents']:,} unusable documents skipped")
+    if manifest["tokenizer"]["eos_token_id"] is None:
+        print("  the tokenizer names no end-of-document token: a model trained on this never learns to stop")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
