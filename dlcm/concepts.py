@@ -25,7 +25,8 @@ class ConceptPooling(nn.Module):
         self.up_proj = nn.Linear(config.d_token, config.d_concept, bias=False)
 
     def forward(self, h_TE: Tensor, layout: ConceptLayout) -> Tensor:
-        return self.up_proj(segment_mean(h_TE, layout))
+        mean_ME = segment_mean(h_TE, layout).to(h_TE.dtype)
+        return self.up_proj(mean_ME).to(h_TE.dtype)  # the backbone's residual stream is as wide as the tokens'
 
 
 class AdjacentSmoothing(nn.Module):

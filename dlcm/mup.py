@@ -77,7 +77,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ("encoder.layers.*_proj.weight", TOKEN_MATRIX),
     ("decoder.layers.*_proj.weight", TOKEN_MATRIX),
 )
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def role_of(name: str) -> Role:
@@ -86,8 +86,7 @@ def role_of(name: str) -> Role:
     Raises:
         KeyError: no pattern of `ROLES` matches: a new parameter needs a line there.
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     for pattern, role in ROLES:
         if fnmatchcase(name, pattern):
             return role
