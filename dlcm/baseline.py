@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
-from dlcm.blocks import TransformerStack
-from dlcm.causal_lm import PackedCausalLM, token_block_shape
+from dlcm.blocks import TransformerStack, token_block_shape
+from dlcm.causal_lm import PackedCausalLM
 from dlcm.config import LlamaBaselineConfig
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dlcm.attention import causal_attention
-from dlcm.config import AttentionBackend
+from dlcm.config import DLCMConfig, TokenBlocksConfig
 from dlcm.layout import PackedLayout
 
 
@@ -23,16 +23,27 @@ class BlockShape:
 
     width: int
     heads: int
-    kv_heads: int
+    kv_heads: int | None  # None: as many as heads
     ffn: int
-    qk_norm: bool
-    rope_theta: float
-    norm_eps: float
-    backend: AttentionBackend
+    config: TokenBlocksConfig  # what all stages share
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        return (self.kv_heads or self.heads) * self.head_dim
+
+
+def token_block_shape(config: TokenBlocksConfig) -> BlockShape:
+    """Encoder, decoder and baseline."""
+    return BlockShape(config.d_token, config.token_heads, config.token_kv_heads, config.token_ffn, config)
+
+
+def concept_block_shape(config: DLCMConfig) -> BlockShape:
+    """The backbone (section 3.4)."""
+    return BlockShape(config.d_concept, config.concept_heads, config.concept_kv_heads, config.concept_ffn, config)
 
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each (T, 1, N)
@@ -66,13 +77,12 @@ class SelfAttention(nn.Module):
     def __init__(self, shape: BlockShape):
         super().__init__()
         self.shape = shape
-        kv_width = shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.width, shape.width, bias=False)
-        self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.k_proj = nn.Linear(shape.width, shape.kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.width, shape.kv_width, bias=False)
         self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
-        self.q_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(shape.head_dim, shape.config.rms_norm_eps) if shape.config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(shape.head_dim, shape.config.rms_norm_eps) if shape.config.qk_norm else nn.Identity()
 
     def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
         q_THN = rearrange(self.q_proj(x_TW), "T (H N) -> T H N", N=self.shape.head_dim)
@@ -80,7 +90,7 @@ class SelfAttention(nn.Module):
         v_TKN = rearrange(self.v_proj(x_TW), "T (K N) -> T K N", N=self.shape.head_dim)
         q_THN = apply_rope(self.q_norm(q_THN), rope).to(v_TKN.dtype)
         k_TKN = apply_rope(self.k_norm(k_TKN), rope).to(v_TKN.dtype)
-        mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.shape.backend)
+        mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.shape.config.attention_backend)
         return self.o_proj(rearrange(mixed_THN, "T H N -> T (H N)"))
 
 
@@ -98,9 +108,9 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     def __init__(self, shape: BlockShape):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.attention_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.attention = SelfAttention(shape)
-        self.ffn_norm = nn.RMSNorm(shape.width, shape.norm_eps)
+        self.ffn_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.ffn = SwiGLU(shape)
 
     def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
@@ -117,7 +127,7 @@ class TransformerStack(nn.Module):
         self.layers = nn.ModuleList(Block(shape) for _ in range(num_layers))
 
     def forward(self, x_TW: Tensor, layout: PackedLayout) -> Tensor:
-        rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.rope_theta)
+        rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.config.rope_theta)
         for layer in self.layers:
             x_TW = layer(x_TW, rope, layout)
         return x_TW

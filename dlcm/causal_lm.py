@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from dlcm import mup
-from dlcm.blocks import BlockShape
 from dlcm.config import TokenBlocksConfig
 from dlcm.layout import PackedLayout, RowLayout
 
@@ -88,17 +87,3 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
         """Every step is a full forward over the whole prefix (hook of transformers' `generate`)."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
-
-
-def token_block_shape(config: TokenBlocksConfig) -> BlockShape:
-    """The token-width blocks of encoder, decoder and baseline."""
-    return BlockShape(
-        width=config.d_token,
-        heads=config.token_heads,
-        kv_heads=config.token_kv_heads or config.token_heads,
-        ffn=config.token_ffn,
-        qk_norm=config.qk_norm,
-        rope_theta=config.rope_theta,
-        norm_eps=config.rms_norm_eps,
-        backend=config.attention_backend,
-    )

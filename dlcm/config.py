@@ -87,10 +87,6 @@ class TokenBlocksConfig(PreTrainedConfig):
         return self.d_token // self.token_heads
 
     @property
-    def token_kv_width(self) -> int:
-        return (self.token_kv_heads or self.token_heads) * self.token_head_dim
-
-    @property
     def token_width_multiplier(self) -> float:
         """s_token = d_token / d_base (section 6.1); 1 under the standard parametrisation."""
         return self.d_token / self.mup_base_width if self.mup_base_width else 1.0
@@ -163,10 +159,6 @@ class DLCMConfig(TokenBlocksConfig):
     @property
     def scan_width(self) -> int:
         return self.d_scan or self.d_token
-
-    @property
-    def concept_head_dim(self) -> int:
-        return self.d_concept // self.concept_heads
 
     @property
     def concept_width_multiplier(self) -> float:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dlcm.attention import causal_attention
-from dlcm.blocks import HeadNorm, apply_rope, rope_tables
+from dlcm.blocks import HeadNorm, apply_rope, rope_tables, token_block_shape
 from dlcm.config import AttentionBackend, DLCMConfig
 from dlcm.layout import ConceptLayout
 
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         self.head_dim = config.token_head_dim
         self.rope_theta = config.rope_theta if config.cross_attention_rope else None
         self.backend = config.attention_backend
-        kv_width = config.token_kv_width
+        kv_width = token_block_shape(config).kv_width
         self.token_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.null_slot = nn.Parameter(torch.empty(config.d_concept))
         self.q_proj = nn.Linear(config.d_token, config.d_token, bias=False)

@@ -8,10 +8,8 @@ Cross-attention is counted as it runs, by replication: T x T products, not T x M
 
 from dataclasses import dataclass
 
-from dlcm.blocks import BlockShape
-from dlcm.causal_lm import token_block_shape
+from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.config import DLCMConfig, LlamaBaselineConfig
-from dlcm.model import concept_block_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ def forward_flops(
             "pooling": 2 * config.d_token * config.d_concept / ratio,
             "backbone": config.backbone_layers * concept_block / ratio,
             "cross_attention": 2 * 2 * config.d_token**2
-            + 2 * 2 * config.d_concept * config.token_kv_width / ratio
+            + 2 * 2 * config.d_concept * token_block_shape(config).kv_width / ratio
             + _attention(config.d_token, sequence_length),
             "decoder": config.decoder_layers * token_block,
             "head": head,
@@ -58,7 +56,7 @@ def forward_flops(
 
 
 def _block(shape: BlockShape, length: float) -> float:
-    projections = 2 * shape.width**2 + 2 * shape.width * shape.kv_heads * shape.head_dim
+    projections = 2 * shape.width**2 + 2 * shape.width * shape.kv_width
     return 2 * (projections + 3 * shape.width * shape.ffn) + _attention(shape.width, length)
 
 

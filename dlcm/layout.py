@@ -91,9 +91,12 @@ class RowLayout:
         """The layout of the rows' real tokens, and their `cu_seqlens` (on the CPU).
 
         Raises:
-            ValueError: a row without any real token.
+            ValueError: a row without any real token, or with padding between real tokens.
         """
         mask_BL = attention_mask_BL.bool()
+        runs_B = (mask_BL & ~torch.nn.functional.pad(mask_BL, (1, 0))[:, :-1]).sum(1)  # of real tokens
+        if bool((runs_B > 1).any()):
+            raise ValueError(f"row {int(runs_B.argmax())} of attention_mask has padding between its tokens")
         lengths_B = mask_BL.sum(1).cpu()
         if bool((lengths_B == 0).any()):
             raise ValueError(f"row {int((lengths_B == 0).nonzero()[0])} of attention_mask has no token")

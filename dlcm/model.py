@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from dlcm.blocks import BlockShape, TransformerStack
+from dlcm.blocks import TransformerStack, concept_block_shape, token_block_shape
 from dlcm.boundary import DETECTORS, Boundaries, LearnedDetector
-from dlcm.causal_lm import PackedCausalLM, token_block_shape
+from dlcm.causal_lm import PackedCausalLM
 from dlcm.concepts import SMOOTHERS, ConceptPooling
 from dlcm.config import DLCMConfig
 from dlcm.cross_attention import CrossAttention
@@ -175,17 +175,3 @@ class DLCMForCausalLM(PackedCausalLM):
         return global_parser_loss(
             decided, tokens, self.config.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
         )
-
-
-def concept_block_shape(config: DLCMConfig) -> BlockShape:
-    """The backbone's blocks, at concept width (section 3.4)."""
-    return BlockShape(
-        width=config.d_concept,
-        heads=config.concept_heads,
-        kv_heads=config.concept_kv_heads or config.concept_heads,
-        ffn=config.concept_ffn,
-        qk_norm=config.qk_norm,
-        rope_theta=config.rope_theta,
-        norm_eps=config.rms_norm_eps,
-        backend=config.attention_backend,
-    )

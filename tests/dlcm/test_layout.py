@@ -188,3 +188,8 @@ def test_rows_without_padding():
 def test_a_row_of_padding_alone_is_an_error():
     with pytest.raises(ValueError, match="row 1 of attention_mask has no token"):
         RowLayout.from_mask(torch.tensor([[0, 1], [0, 0]]))
+
+
+def test_padding_between_tokens_is_refused():
+    with pytest.raises(ValueError, match="row 1 of attention_mask has padding between its tokens"):
+        RowLayout.from_mask(torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1]]))
