@@ -66,7 +66,7 @@ def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torc
         return backend
     if backend == "flash_attn" and not _flash_attn_importable():
         raise AttentionBackendError(
-            "attention_backend='flash_attn' needs the flash-attn package: pip install dlcm[flash-attn], "
+            "attention_backend='flash_attn' needs the flash-attn package: pip install flash-attn, "
             "or use attention_backend='auto'"
         )
     if not flash_runs:

@@ -26,6 +26,8 @@ class LlamaBaselineOutput(ModelOutput):
 
 
 class LlamaBaselineForCausalLM(PackedCausalLM):
+    """Token blocks between embedding and unembedding: LLaMA, unless `qk_norm` is asked for."""
+
     config_class = LlamaBaselineConfig
     config: LlamaBaselineConfig
 

@@ -95,6 +95,8 @@ class SelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), (T, W) to (T, W)."""
+
     def __init__(self, shape: BlockShape):
         super().__init__()
         self.gate_proj = nn.Linear(shape.width, shape.ffn, bias=False)
@@ -106,6 +108,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and SwiGLU around a residual stream (T, W)."""
+
     def __init__(self, shape: BlockShape):
         super().__init__()
         self.attention_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)

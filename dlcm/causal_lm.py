@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from dlcm import mup
 from dlcm.config import TokenBlocksConfig
@@ -83,6 +83,12 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin):
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         total = F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORED, reduction="sum")
         return total / ((target_T != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> bool:
+        """Refuses a cache where transformers' `generate` would make one."""
+        if generation_config.use_cache:
+            raise ValueError("use_cache=True is not supported: this model decodes without a cache")
+        return False
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
         """Every step is a full forward over the whole prefix (hook of transformers' `generate`)."""

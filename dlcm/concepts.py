@@ -46,6 +46,8 @@ class AdjacentSmoothing(nn.Module):
 
 
 class NoSmoothing(nn.Module):
+    """Concepts as the backbone leaves them."""
+
     def __init__(self, config: DLCMConfig):
         super().__init__()
 

@@ -60,7 +60,7 @@ class TokenBlocksConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02  # sigma_base of section 6.1, at mup_base_width
     mup_base_width: int | None = 256  # d_base of section 6.1; None is the standard parametrisation
-    attention_backend: AttentionBackend = "auto"
+    attention_backend: AttentionBackend = "auto"  # see attention.py
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -75,16 +75,12 @@ class TokenBlocksConfig(PreTrainedConfig):
 
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:
         known = {field.name for field in fields(self)}
-        legacy = {"torch_dtype", "name_or_path", "model_type", "num_labels"}
+        known |= {"model_type", "num_labels", "torch_dtype", "name_or_path", "_commit_hash"}  # transformers' own
         for name in kwargs:
-            if name not in known | legacy and not name.startswith("_"):
+            if name not in known:
                 near = difflib.get_close_matches(name, sorted(known), n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise ValueError(f"{type(self).__name__} has no field '{name}'{hint}")
-
-    @property
-    def token_head_dim(self) -> int:
-        return self.d_token // self.token_heads
 
     @property
     def token_width_multiplier(self) -> float:
@@ -130,20 +126,20 @@ class DLCMConfig(TokenBlocksConfig):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_token", "num_attention_heads": "token_heads"}
 
     d_concept: int = 1024
-    encoder_layers: int = 4
-    backbone_layers: int = 6
-    decoder_layers: int = 2
+    encoder_layers: int = 4  # at token width
+    backbone_layers: int = 6  # at concept width
+    decoder_layers: int = 2  # at token width
     concept_heads: int = 16
     concept_kv_heads: int | None = None  # None: as many as concept_heads
-    concept_ffn: int = 3072
+    concept_ffn: int = 3072  # SwiGLU width
 
     target_ratio: float = 4.0  # R, tokens per concept
-    segmenter: Segmenter = "learned"
+    segmenter: Segmenter = "learned"  # how boundaries are found, see boundary.py
     d_scan: int | None = None  # width of the boundary queries and keys; None: d_token
     threshold: float = 0.5  # a boundary where p >= threshold (learned: at inference; rule: always)
     sharpening: float = 1.0  # exponent on the odds of p before the training-time Bernoulli draw
-    visibility: Visibility = "closed"
-    smoothing: Smoothing = "adjacent"
+    visibility: Visibility = "closed"  # which concepts a token sees, see ConceptLayout
+    smoothing: Smoothing = "adjacent"  # of each concept with the one before, see concepts.py
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
 
     aux_loss_weight: float = 0.03  # lambda

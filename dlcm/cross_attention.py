@@ -39,15 +39,15 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: DLCMConfig):
         super().__init__()
-        self.head_dim = config.token_head_dim
+        shape = token_block_shape(config)
+        self.head_dim = shape.head_dim
         self.rope_theta = config.rope_theta if config.cross_attention_rope else None
         self.backend = config.attention_backend
-        kv_width = token_block_shape(config).kv_width
         self.token_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.null_slot = nn.Parameter(torch.empty(config.d_concept))
         self.q_proj = nn.Linear(config.d_token, config.d_token, bias=False)
-        self.k_proj = nn.Linear(config.d_concept, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.d_concept, kv_width, bias=False)
+        self.k_proj = nn.Linear(config.d_concept, shape.kv_width, bias=False)
+        self.v_proj = nn.Linear(config.d_concept, shape.kv_width, bias=False)
         self.o_proj = nn.Linear(config.d_token, config.d_token, bias=False)
         self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
@@ -58,11 +58,6 @@ class CrossAttention(nn.Module):
         null_DC = self.null_slot.to(z_MC.dtype).expand(layout.tokens.num_documents, -1)
         return empty_SC.index_copy(0, layout.slot_M, z_MC).index_copy(0, layout.cu_slots_D1[:-1].long(), null_DC)
 
-    def slot_positions(self, layout: ConceptLayout) -> Tensor:
-        """Position of each slot's last token in its document, (S,); 0 for the null slot."""
-        position_M = layout.tokens.position_T[layout.last_M]
-        return position_M.new_zeros(layout.num_slots).index_copy(0, layout.slot_M, position_M)
-
     def forward(self, h_TE: Tensor, z_MC: Tensor, layout: ConceptLayout) -> Tensor:
         slots_SC = self.slots(z_MC, layout)
         q_THN = self.q_norm(rearrange(self.q_proj(self.token_norm(h_TE)), "T (H N) -> T H N", N=self.head_dim))
@@ -70,7 +65,7 @@ class CrossAttention(nn.Module):
         v_SKN = rearrange(self.v_proj(slots_SC), "S (K N) -> S K N", N=self.head_dim)
         if self.rope_theta is not None:
             q_THN = apply_rope(q_THN, rope_tables(layout.tokens.position_T, self.head_dim, self.rope_theta))
-            k_SKN = apply_rope(k_SKN, rope_tables(self.slot_positions(layout), self.head_dim, self.rope_theta))
+            k_SKN = apply_rope(k_SKN, rope_tables(layout.slot_position_S, self.head_dim, self.rope_theta))
         q_THN, k_SKN = q_THN.to(v_SKN.dtype), k_SKN.to(v_SKN.dtype)
         read_THN = replicated_attention(q_THN, k_SKN, v_SKN, layout, self.backend)
         return h_TE + self.o_proj(rearrange(read_THN, "T H N -> T (H N)"))

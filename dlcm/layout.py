@@ -158,6 +158,11 @@ class ConceptLayout:
     def from_boundaries(cls, tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility) -> "ConceptLayout":
         """The geometry that boundaries give (sections 3.3.2 and 3.5.2), made strictly causal.
 
+        Args:
+            tokens: the documents, T tokens.
+            boundary_T: bool, b_t.
+            visibility: see the table above.
+
         Everything a token may see is decided by boundaries at or before it: `closed`, a boundary at t says
         that the segment before t ended; `inclusive`, that it ends with t. One host synchronisation (the number
         of concepts, which shapes everything after it).
@@ -191,6 +196,12 @@ class ConceptLayout:
     @property
     def num_slots(self) -> int:
         return self.concepts.total + self.concepts.num_documents
+
+    @property
+    def slot_position_S(self) -> Tensor:
+        """Position of each slot's last token in its document; 0 for the null slot."""
+        position_M = self.tokens.position_T[self.last_M]
+        return position_M.new_zeros(self.num_slots).index_copy(0, self.slot_M, position_M)
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

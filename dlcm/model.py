@@ -54,6 +54,8 @@ class DLCMOutput(ModelOutput):
 
 
 class DLCMForCausalLM(PackedCausalLM):
+    """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal."""
+
     config_class = DLCMConfig
     config: DLCMConfig
 
@@ -116,7 +118,9 @@ class DLCMForCausalLM(PackedCausalLM):
         h_TE = self.cross_attention(h_TE, self.smoothing(z_MC, layout.concepts), layout)
         logits_TV = self.unembed(self.decoder_norm(self.decoder(h_TE, tokens)))
 
-        aux_loss = self._aux_loss(decided, tokens, parser_total, averaged=num_items_in_batch is None)
+        statistics = ParserStatistics.of(decided, tokens)
+        total = parser_total or (statistics.all_reduce() if self.training else statistics)
+        aux_loss = self._aux_loss(decided, tokens, total, averaged=num_items_in_batch is None)
         loss = ce_loss = None
         if labels is not None:
             ce_loss = self.cross_entropy(logits_TV, rows.pack(labels), tokens, num_items_in_batch)
@@ -130,7 +134,7 @@ class DLCMForCausalLM(PackedCausalLM):
             boundaries=rows.unpack(decided.boundary_T),
             concept_lengths=layout.length_M,
             cu_concepts=layout.concepts.cu_seqlens_D1,
-            parser_statistics=ParserStatistics.of(decided, tokens),
+            parser_statistics=statistics,
         )
         return output if return_dict else output.to_tuple()
 
@@ -161,15 +165,10 @@ class DLCMForCausalLM(PackedCausalLM):
             raise ValueError(f"segmenter='{self.config.segmenter}' draws no boundaries: nothing to sharpen")
         self.detector.sharpening = sharpening
 
-    def _aux_loss(
-        self, decided: Boundaries, tokens: PackedLayout, total: ParserStatistics | None, averaged: bool
-    ) -> Tensor:
+    def _aux_loss(self, decided: Boundaries, tokens: PackedLayout, total: ParserStatistics, averaged: bool) -> Tensor:
         if self.config.segmenter == "fixed":
             return decided.probability_T.new_zeros(())
-        own = ParserStatistics.of(decided, tokens)
         ranks = 1
-        if total is None:
-            total = own.all_reduce() if self.training else own
         if averaged and self.training and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
         return global_parser_loss(

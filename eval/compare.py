@@ -30,6 +30,7 @@ from train.metrics import read_metrics
 PROMPT = "The first thing that he said to the people was"
 CONTINUATION_TOKENS = 80
 MATCHED_FLOPS = 0.05  # relative difference beyond which two models do not cost the same
+SAME_COMPRESSION = 0.1  # relative difference beyond which inference is not what was trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ def load_run(path: Path, name: str, model_class: type) -> Run:
         raise EvaluationError(
             f"{path}: recorded no validation yet; continue the run with python -m train.pretrain --resume {path}"
         )
+    if not run.curve("train", "ce").values:
+        raise EvaluationError(f"{path}: recorded no finite loss; there is nothing to compare")
     return run
 
 
@@ -129,16 +132,20 @@ def _recent_tokens_per_concept(train: Sequence[dict[str, Any]]) -> float | None:
     return statistics.harmonic_mean(line["tokens_per_concept"] for line in recent)  # every step has as many tokens
 
 
-def caveats(dlcm: Run, baseline: Run, flops_ratio: float) -> list[str]:
-    """What keeps the two runs from being a matched comparison."""
+def caveats(dlcm: Run, baseline: Run, ours: Measurements, theirs: Measurements) -> list[str]:
+    """What keeps the two runs from being a matched comparison, or the DLCM's inference from being what it learned."""
     found = []
+    flops_ratio = ours.forward_flops_per_token / theirs.forward_flops_per_token
     if abs(flops_ratio - 1) > MATCHED_FLOPS:
         found.append(f"not matched in compute: the DLCM's forward FLOPs are {flops_ratio:.2f} times the baseline's")
-    ours, theirs = dlcm.loaded.state, baseline.loaded.state
-    if ours.data_fingerprint != theirs.data_fingerprint:
+    sampled, thresholded = ours.tokens_per_concept_in_training, ours.tokens_per_concept_at_inference
+    if sampled and thresholded and abs(thresholded / sampled - 1) > SAME_COMPRESSION:
+        found.append(f"thresholding makes concepts {thresholded / sampled:.2f} times as long as in training")
+    if dlcm.loaded.state.data_fingerprint != baseline.loaded.state.data_fingerprint:
         found.append("the runs were trained and validated on different data")
-    if ours.tokens != theirs.tokens:
-        found.append(f"the runs were trained on different numbers of tokens: {ours.tokens:,} and {theirs.tokens:,}")
+    tokens = dlcm.loaded.state.tokens, baseline.loaded.state.tokens
+    if tokens[0] != tokens[1]:
+        found.append("the runs were trained on different numbers of tokens: {:,} and {:,}".format(*tokens))
     for run in (dlcm, baseline):
         step, steps = run.loaded.state.step, run.loaded.run.schedule.steps
         if step < steps:
@@ -198,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What can fail comes first: a report is written whole or not at all.
     measured = {run.name: measure(run) for run in (dlcm, baseline)}
     ours, theirs = measured.values()
-    warnings = caveats(dlcm, baseline, ours.forward_flops_per_token / theirs.forward_flops_per_token)
+    warnings = caveats(dlcm, baseline, ours, theirs)
     passages = read_passages(options.passages) if options.passages else held_out_passages(dlcm.loaded)
     cuts = [(passage.domain, concepts(dlcm, passage.text)) for passage in passages]
     continuations = {run.name: continuation(run, options.prompt) for run in (dlcm, baseline)}

@@ -65,6 +65,7 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     directory = checkpoint_directory(path)
     model = AutoModelForCausalLM.from_pretrained(
         directory,
+        use_safetensors=True,  # never unpickle
         attention_backend="auto",  # the run's own choice may need half precision, which evaluation does not use
     )
     return LoadedCheckpoint(

@@ -77,7 +77,7 @@ def _draw_losses(axes: Axes, losses: Sequence[LossCurves]) -> None:
             label=f"{run.label}, validation",
         )
     early = [_smoothed(run.training)[len(run.training.values) // 10] for run in losses]
-    lowest = min(min(*run.training.values, *run.validation.values) for run in losses)
+    lowest = min(value for run in losses for value in (*run.training.values, *run.validation.values))
     axes.set_ylim(lowest * 0.97, max(early) * LOSS_HEADROOM)
     axes.set_ylabel("cross-entropy, nats per token")
     axes.set_title("Loss")

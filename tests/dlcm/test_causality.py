@@ -37,6 +37,9 @@ OPTIONS = [
         ["learned", "rule", "fixed"], ["closed", "inclusive"], ["adjacent", "none"], [True, False]
     )
 ]
+# The rest change one thing at a time.
+DEFAULTS = {"segmenter": "learned", "visibility": "closed", "smoothing": "adjacent", "cross_attention_rope": True}
+OPTIONS += [DEFAULTS | other for other in ({"qk_norm": True}, {"d_scan": 8}, {"threshold": 0.45})]
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def change_before(
 
 def name_of(options: dict[str, Any]) -> str:
     rope = "rope" if options["cross_attention_rope"] else "norope"
-    return f"{options['segmenter']}-{options['visibility']}-{options['smoothing']}-{rope}"
+    rest = "".join(f"-{key}" for key in options if key not in DEFAULTS)
+    return f"{options['segmenter']}-{options['visibility']}-{options['smoothing']}-{rope}{rest}"
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -115,7 +115,7 @@ def test_slots_put_null_before_each_documents_concepts(layout: ConceptLayout):
 
 def test_a_slots_position_is_that_of_its_last_token(layout: ConceptLayout):
     """Concepts of 2 + 2 | 1 | 2 + 1 tokens."""
-    assert CrossAttention(tiny_config()).slot_positions(layout).tolist() == [0, 1, 3, 0, 0, 0, 1, 2]
+    assert layout.slot_position_S.tolist() == [0, 1, 3, 0, 0, 0, 1, 2]
 
 
 def random_module(**overrides) -> CrossAttention:
@@ -181,14 +181,15 @@ def test_module_by_hand(layout: ConceptLayout, rope: bool):
     torch.testing.assert_close(module(h_TE, z_MC, layout), expected, rtol=1e-6, atol=1e-6)  # RoPE tables are fp32
 
 
-def test_rope_sees_where_concepts_ended(layout: ConceptLayout):
+def test_rope_sees_where_concepts_ended(layout: ConceptLayout, monkeypatch):
     """Concepts differ only by position: with RoPE the output depends on it, without it does not."""
     h_TE, z_MC = module_inputs(layout)
     for rope in (True, False):
         module = random_module(cross_attention_rope=rope)
         at_home = module(h_TE, z_MC, layout)
-        module.slot_positions = lambda layout: torch.zeros(layout.num_slots, dtype=torch.long)
-        assert torch.equal(module(h_TE, z_MC, layout), at_home) != rope
+        with monkeypatch.context() as patch:
+            patch.setattr(ConceptLayout, "slot_position_S", torch.zeros(layout.num_slots, dtype=torch.long))
+            assert torch.equal(module(h_TE, z_MC, layout), at_home) != rope
 
 
 def test_first_tokens_read_the_null_slot_alone(layout: ConceptLayout):

@@ -233,6 +233,12 @@ def test_generate_is_greedy_decoding(build):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
+def test_generating_with_a_cache_is_refused(build):
+    with pytest.raises(ValueError, match="use_cache=True is not supported"):
+        build(6).generate(random_documents([5], seed=6)[0][None], max_new_tokens=2, use_cache=True)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
 def test_left_padded_prompts_continue_as_they_would_alone(build):
     model, prompts = build(6), random_documents([3, 8, 1], seed=7)
     batch = arrange(prompts, "left_padded")

@@ -9,7 +9,7 @@ import pytest
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.flops import forward_flops
-from eval.compare import Run, caveats, format_table, load_run, main, measure
+from eval.compare import Measurements, Run, caveats, format_table, load_run, main, measure
 from eval.loading import EvaluationError
 from eval.passages import CHARACTERS, Passage, excerpt, held_out_passages, read_passages
 from tests.eval.conftest import TEXTS, Trained, prepare_labelled, train_tiny
@@ -66,13 +66,32 @@ def test_training_ratio_is_that_of_the_last_tenth(pair: tuple[Run, Run]) -> None
     assert measured.tokens_per_concept_in_training == pytest.approx(2 / (1 / 2 + 1 / 6))  # tokens / concepts
 
 
+def matched(pair: tuple[Run, Run], flops_ratio: float = 1.0, length_ratio: float = 1.0) -> tuple[Measurements, ...]:
+    """Measurements of a pair whose costs, and whose concepts at inference and in training, have the given ratios."""
+    ours, theirs = (measure(run) for run in pair)
+    ours = dataclasses.replace(
+        ours,
+        forward_flops_per_token=flops_ratio * theirs.forward_flops_per_token,
+        tokens_per_concept_in_training=4.0,
+        tokens_per_concept_at_inference=4.0 * length_ratio,
+    )
+    return ours, theirs
+
+
 def test_no_caveat_for_a_matched_pair(pair: tuple[Run, Run]) -> None:
-    assert caveats(*pair, flops_ratio=1.04) == caveats(*pair, flops_ratio=0.96) == []
+    for near in (0.96, 1.04):
+        assert caveats(*pair, *matched(pair, flops_ratio=near, length_ratio=near)) == []
+
+
+@pytest.mark.parametrize("ratio", [0.85, 1.15])
+def test_another_compression_at_inference_is_said(ratio: float, pair: tuple[Run, Run]) -> None:
+    (caveat,) = caveats(*pair, *matched(pair, length_ratio=ratio))
+    assert f"thresholding makes concepts {ratio} times as long" in caveat
 
 
 @pytest.mark.parametrize("ratio", [0.94, 1.06])
 def test_unequal_compute_is_said(ratio: float, pair: tuple[Run, Run]) -> None:
-    (caveat,) = caveats(*pair, flops_ratio=ratio)
+    (caveat,) = caveats(*pair, *matched(pair, flops_ratio=ratio))
     assert "not matched in compute" in caveat
     assert str(ratio) in caveat
 
@@ -87,7 +106,7 @@ def test_unequal_compute_is_said(ratio: float, pair: tuple[Run, Run]) -> None:
 )
 def test_unequal_training_is_said(changes: dict[str, object], message: str, pair: tuple[Run, Run]) -> None:
     dlcm, baseline = pair
-    (caveat,) = caveats(dlcm, with_state(baseline, **changes), flops_ratio=1.0)
+    (caveat,) = caveats(dlcm, with_state(baseline, **changes), *matched(pair))
     assert message in caveat
 
 
