@@ -12,7 +12,6 @@ There is no random state to save, since every draw of a run is a function of its
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -31,6 +30,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.config import RunConfig, save_run_config
+from train.data import file_sha256
+
+# What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
+REQUIRED_FILES = ("model.safetensors", "config.json", "run.yaml", "optimizer.safetensors", "state.json")
 
 
 class CheckpointError(RuntimeError):
@@ -75,7 +78,7 @@ def save_checkpoint(
         save_run_config(run, partial / "run.yaml")
         save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         _write_json(partial / "state.json", dataclasses.asdict(state) | _environment())
-        checksums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        checksums = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
         _write_json(partial / "checksums.json", checksums)
         for file in [*partial.iterdir(), partial]:
             _sync(file)
@@ -83,11 +86,12 @@ def save_checkpoint(
         partial.rename(final)
         _sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{final}: could not be written ({error}); earlier checkpoints are intact: "
             f"make room, then continue with --resume {run_dir}"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
     _prune(run_dir, state.step, run.checkpoint.keep)
     return final
 
@@ -116,24 +120,44 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step that `checkpoint_path` made this path of."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def has_checkpoints(run_dir: Path) -> bool:
-    """Whether any checkpoint, good or not, was written here."""
+    """Whether any checkpoint, good or not, was written here to its end."""
     return bool(_candidates(run_dir))
+
+
+def half_written(run_dir: Path) -> list[Path]:
+    """What is left of checkpoints whose writing was cut short; the next checkpoint removes them."""
+    return sorted((run_dir / "checkpoints").glob("step_*.tmp"))
 
 
 def verify_checkpoint(directory: Path) -> None:
     """Raises CheckpointError unless `directory` is a complete checkpoint, every file as it was written."""
     if not (directory / "checksums.json").is_file():
         raise CheckpointError(f"{directory}: is half-written or no checkpoint (no checksums.json)")
-    for name, checksum in _read_json(directory / "checksums.json").items():
+    checksums = _read_json(directory / "checksums.json")
+    for name in REQUIRED_FILES:
+        if name not in checksums:
+            raise CheckpointError(f"{directory}: checksums.json lacks {name}, so it was edited or damaged")
+    for name, checksum in checksums.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{directory}: checksums.json names {name!r}, which is no plain file name")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: {name} is missing")
-        if _sha256(directory / name) != checksum:
+        if file_sha256(directory / name) != checksum:
             raise CheckpointError(f"{directory}: {name} is corrupt (its sha256 is not the recorded one)")
 
 
 def load_state(directory: Path) -> TrainingState:
-    """How far the run was at this checkpoint."""
+    """How far the run was at this checkpoint.
+
+    Raises:
+        CheckpointError: state.json cannot be read, or lacks an entry; names it.
+    """
     content = _read_json(directory / "state.json")
     try:
         return TrainingState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainingState)})
@@ -188,11 +212,11 @@ def _check_same_config(directory: Path, config: PreTrainedConfig) -> None:
 
 
 def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of all checkpoints, half-written ones too, newest first."""
+    """(step, directory) of all checkpoints under their final names, newest first."""
     found = []
     for directory in (run_dir / "checkpoints").glob("step_*"):
-        digits = directory.name.removeprefix("step_").removesuffix(".tmp")
-        if digits.isdecimal() and directory.is_dir():
+        digits = directory.name.removeprefix("step_")
+        if digits.isdecimal() and directory == checkpoint_path(run_dir, int(digits)) and directory.is_dir():
             found.append((int(digits), directory))
     return sorted(found, reverse=True)
 
@@ -202,8 +226,9 @@ def _prune(run_dir: Path, newest: int, keep: int) -> None:
 
     Half-written ones, and later ones (refused when the run was resumed from before them), go too.
     """
-    kept = [directory for step, directory in _candidates(run_dir) if step <= newest and not directory.suffix][:keep]
-    for _, directory in _candidates(run_dir):
+    candidates = _candidates(run_dir)
+    kept = [directory for step, directory in candidates if step <= newest][:keep]
+    for directory in [*half_written(run_dir), *(directory for _, directory in candidates)]:
         if directory not in kept:
             shutil.rmtree(directory)
 
@@ -243,11 +268,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object")
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -167,10 +167,11 @@ def save_run_config(run: RunConfig, path: str | Path) -> None:
     OmegaConf.save(OmegaConf.structured(run), path)
 
 
-def config_differences(run: RunConfig, other: RunConfig) -> list[str]:
-    """Dotted keys whose values differ between two runs."""
+def config_differences(run: RunConfig, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two runs, with the value of each run."""
     ours, theirs = _flatten(dataclasses.asdict(run)), _flatten(dataclasses.asdict(other))
-    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    both = {key: (ours.get(key), theirs.get(key)) for key in sorted(ours.keys() | theirs.keys())}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
 def build_model_config(run: RunConfig) -> DLCMConfig | LlamaBaselineConfig:
@@ -196,6 +197,7 @@ def validate(run: RunConfig) -> None:
     Raises:
         ConfigError: no run can have these values; names the key and the remedy.
     """
+    _check_whole_numbers(run)
     _check_ranges(run)
     model_config = build_model_config(run)
     schedule, rates = run.schedule, run.optimizer
@@ -221,6 +223,12 @@ def _check_given(key: str, value: float | None, needed: bool, what: str) -> None
         raise ConfigError(f"{key} is missing; this model has {what}")
     if not needed and value is not None:
         raise ConfigError(f"{key} is set, but this model does not have {what}; leave it null")
+
+
+def _check_whole_numbers(run: RunConfig) -> None:
+    for key, value in _flatten(dataclasses.asdict(run)).items():
+        if isinstance(value, int) and abs(value) >= 2**63:  # torch and numpy count in 64 bits
+            raise ConfigError(f"{key} does not fit into 64 bits; choose a number below 2**63")
 
 
 def _check_ranges(section: Any, prefix: str = "") -> None:
@@ -263,11 +271,22 @@ def _valid_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _suggestion(key: str, valid: Sequence[str]) -> str:
-    """The valid key that was probably meant: one spelt alike, or the same word in another section."""
-    by_leaf = {name.rpartition(".")[2]: name for name in valid}
+    """What was probably meant: the same word in another section, else a key spelt alike; or whose key it is."""
+    leaf, by_leaf = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in valid}
+    if leaf in FROM_TOKENIZER:
+        return "; the tokenizer decides it"
+    if leaf in by_leaf:
+        return f"; did you mean {by_leaf[leaf]!r}?"
+    owners = [name for name, config in MODEL_CONFIGS.items() if leaf in config.__dataclass_fields__]
+    if key.startswith("model.") and owners:
+        return f"; only model.architecture={owners[0]} has it"
     alike = difflib.get_close_matches(key, valid, 1)
-    alike += [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1)]
-    return f"; did you mean {alike[0]!r}?" if alike else ""
+    alike += [by_leaf[near] for near in difflib.get_close_matches(leaf, by_leaf, 1)]
+    return f"; did you mean {alike[0]!r}?" if alike else f"; the sections are {', '.join(_sections())}"
+
+
+def _sections() -> list[str]:
+    return [entry.name for entry in dataclasses.fields(RunConfig) if entry.default_factory is not NO_DEFAULT]
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:

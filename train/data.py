@@ -30,9 +30,34 @@ from transformers import PreTrainedTokenizerFast
 from train.tokenizer import tokenizer_hash
 
 FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 INDEX_DTYPE = np.dtype("<u8")
 TOKEN_BYTES_FILE = "token_bytes.npy"
+
+# What readers rely on; a manifest says more, for people to read.
+MANIFEST_FIELDS: dict[str, Any] = {
+    "dtype": str,
+    "tokenizer": dict,
+    "token_bytes_sha256": str,
+    "splits": dict,
+    "arguments": dict,
+    "fingerprint": str,
+}
+TOKENIZER_FIELDS: dict[str, Any] = {
+    "hash": str,
+    "vocab_size": int,
+    "bos_token_id": int | None,
+    "eos_token_id": int | None,
+}
+SHARD_FIELDS: dict[str, Any] = {
+    "file": str,
+    "index_file": str,
+    "tokens": int,
+    "documents": int,
+    "sha256": str,
+    "index_sha256": str,
+}
 
 
 class DataError(ValueError):
@@ -55,11 +80,11 @@ class PackedBatch:
     num_targets: int
     target_bytes: float
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tokens on `device`."""
         return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
             cu_seqlens=self.cu_seqlens,
             max_seqlen=self.max_seqlen,
             num_targets=self.num_targets,
@@ -77,7 +102,7 @@ class TokenShards:
     def __init__(self, path: str | Path, split: str, verify: bool = True) -> None:
         self.path = Path(path)
         self.split = split
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         if split not in self.manifest["splits"]:
             present = ", ".join(self.manifest["splits"])
             raise DataError(f"{self.path}: no split '{split}' (there is {present}); prepare it anew with one")
@@ -183,10 +208,6 @@ class PackedLoader:
         """Tokens of a whole step, over all ranks and micro-batches."""
         return self.windows_per_step * self.sequence_length
 
-    def epoch(self, step: int) -> int:
-        """The epoch in which `step` begins."""
-        return step * self.windows_per_step // self.windows_per_epoch
-
     def batch(self, step: int, micro: int = 0) -> PackedBatch:
         """Micro-batch `micro` of `step` for this rank: T = rows * sequence_length tokens in one packed row."""
         if step < 0 or not 0 <= micro < self.accumulation:
@@ -222,13 +243,19 @@ def validation_batches(
             yield batch
 
 
+def shard_files(split: str, number: int) -> tuple[str, str]:
+    """Names, below the directory, of the ids and of the index of one shard."""
+    return f"{split}/{number:05d}.bin", f"{split}/{number:05d}.idx"
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """sha256 over what decides the batches: shard contents and order, tokenizer, dtype and bytes per token."""
-    splits = {
-        name: [[shard["sha256"], shard["index_sha256"]] for shard in split["shards"]]
+    """sha256 over what decides the batches: shards and their order, tokenizer, dtype and bytes per token."""
+    shards = {
+        name: [[shard[key] for key in SHARD_FIELDS] for shard in split["shards"]]
         for name, split in manifest["splits"].items()
     }
-    content = [manifest["dtype"], manifest["tokenizer"]["hash"], manifest["token_bytes_sha256"], splits]
+    tokenizer = [manifest["tokenizer"][key] for key in TOKENIZER_FIELDS]
+    content = [manifest["dtype"], tokenizer, manifest["token_bytes_sha256"], shards]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -255,23 +282,56 @@ def check_file(directory: Path, name: str, size: int | None, sha256: str | None)
         )
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of prepared data; DataError when there is none, or it is not as `train.prepare` wrote it."""
     path = directory / "manifest.json"
     if not path.is_file():
         raise DataError(f"{directory}: no prepared data here; run python -m train.prepare ... --output {directory}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); delete {directory} and prepare it anew") from error
+    try:
+        _check_manifest(manifest)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; delete {directory} and prepare it anew") from error
+    return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise ValueError, saying what is wrong, unless readers can rely on everything the manifest says."""
+    _check_fields("the manifest", manifest, {})
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version}, this code reads {FORMAT_VERSION}; "
-            f"delete {directory} and prepare it anew"
-        )
+        raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
+    _check_fields("the manifest", manifest, MANIFEST_FIELDS)
+    _check_fields("tokenizer", manifest["tokenizer"], TOKENIZER_FIELDS)
+    if manifest["dtype"] not in TOKEN_DTYPES:
+        raise ValueError(f"dtype '{manifest['dtype']}' is none of {', '.join(TOKEN_DTYPES)}")
+    for name, split in manifest["splits"].items():
+        if name not in SPLITS:
+            raise ValueError(f"split '{name}' is none of {', '.join(SPLITS)}")
+        _check_fields(name, split, {"shards": list})
+        for number, shard in enumerate(split["shards"]):
+            where = f"shard {number} of {name}"
+            _check_fields(where, shard, SHARD_FIELDS)
+            # Nothing else is opened, so no manifest can point outside its directory.
+            if (shard["file"], shard["index_file"]) != shard_files(name, number):
+                raise ValueError(f"{where} is called '{shard['file']}' and '{shard['index_file']}'")
+            if shard["tokens"] < 1 or shard["documents"] < 1:
+                raise ValueError(f"{where} is empty")
     if manifest["fingerprint"] != fingerprint(manifest):
-        raise DataError(f"{path}: edited, its fingerprint no longer fits; delete {directory} and prepare it anew")
-    return manifest
+        raise ValueError("edited, its fingerprint no longer fits")
+
+
+def _check_fields(where: str, value: Any, fields: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a JSON object")
+    for key, kind in fields.items():
+        if key not in value:
+            raise ValueError(f"{where} has no '{key}'")
+        if not isinstance(value[key], kind):
+            raise ValueError(f"'{key}' of {where} is a {type(value[key]).__name__}")
 
 
 def _check_window_arguments(sequence_length: int, rows: int) -> None:

@@ -6,7 +6,7 @@ Inputs are named on the command line of `train.prepare`:
     notes.txt[.xz|.gz|.zst]        one document a file
     part.parquet                   one document a row, read one row group at a time
     directory/                     every such file below it, in sorted order
-    hub:NAME[:CONFIG]              a dataset of the hub (or a local folder or script that `load_dataset` accepts)
+    hub:NAME[:CONFIG]              a dataset of the hub (or a local folder that `load_dataset` accepts)
     disk:PATH                      what `Dataset.save_to_disk` wrote
 """
 
@@ -110,6 +110,8 @@ def _parse_json(line: bytes) -> Mapping[str, Any]:
         row = json.loads(_decode(line))
     except json.JSONDecodeError as error:
         raise UnusableError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # an integer of too many digits, or brackets nested too deep
+        raise UnusableError(f"not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise UnusableError(f"a JSON {type(row).__name__}, not an object with a text")
     return row
@@ -189,22 +191,25 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[tuple[str, Row]]:
 
     try:
         file = parquet.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file ({_first_line(error)})") from error
     with file:
         names = file.schema_arrow.names
         _check_columns(str(path), names, text_column)
         text_type = file.schema_arrow.field(text_column).type
         columns = [text_column, *(label for label in LABELS if label in names and label != text_column)]
         number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-            table = {name: batch.column(name) for name in columns}
-            if pa.types.is_string(text_type) or pa.types.is_large_string(text_type):
-                # Undecoded, so that one bad row is reported as such and does not fail its whole batch.
-                table[text_column] = table[text_column].cast(pa.large_binary())
-            for values in zip(*(column.to_pylist() for column in table.values()), strict=True):
-                number += 1
-                yield f"{path}: row {number}", dict(zip(columns, values, strict=True))
+        try:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                table = {name: batch.column(name) for name in columns}
+                if pa.types.is_string(text_type) or pa.types.is_large_string(text_type):
+                    # Undecoded, so that one bad row is reported as such and does not fail its whole batch.
+                    table[text_column] = table[text_column].cast(pa.large_binary())
+                for values in zip(*(column.to_pylist() for column in table.values()), strict=True):
+                    number += 1
+                    yield f"{path}: row {number}", dict(zip(columns, values, strict=True))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read beyond row {number}, damaged ({_first_line(error)})") from error
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -231,26 +236,26 @@ def _whole(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def _hub_source(name: str, split: str, streaming: bool) -> Source:
-    datasets = _import_datasets(name)
+    import datasets
+
     repository, _, config = name.removeprefix("hub:").partition(":")
     try:
         # The builder's hash names the revision and files of the dataset before any of it is downloaded.
         identity = datasets.load_dataset_builder(repository, config or None).hash
         dataset = datasets.load_dataset(repository, config or None, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name}: the dataset could not be loaded ({reason})") from error
+        raise DataError(f"{name}: the dataset could not be loaded ({_first_line(error)})") from error
     return Source(f"{name}/{split}", f"{identity}/{split}", lambda column: _dataset_rows(name, dataset, column))
 
 
 def _disk_source(name: str, split: str) -> Source:
-    datasets = _import_datasets(name)
+    import datasets
+
     path = name.removeprefix("disk:")
     try:
         dataset = datasets.load_from_disk(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name}: the dataset could not be loaded ({reason})") from error
+        raise DataError(f"{name}: the dataset could not be loaded ({_first_line(error)})") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DataError(f"{name}: no split '{split}' (there is {', '.join(dataset)}); name one with --split")
@@ -265,16 +270,12 @@ def _dataset_rows(name: str, dataset: Any, text_column: str) -> Iterator[tuple[s
         yield f"{name}: row {number}", row
 
 
-def _import_datasets(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{name}: needs the datasets package; pip install datasets") from error
-    return datasets
-
-
 def _check_columns(name: str, columns: Sequence[str], text_column: str) -> None:
     if text_column not in columns:
         raise DataError(
             f"{name}: no column '{text_column}' (there is {', '.join(columns)}); name one with --text-column"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 
 
 class MetricsError(ValueError):
-    """A metrics file that this code did not write."""
+    """A metrics file that cannot be written, or that this code did not write."""
 
 
 class MetricsLog:
@@ -36,19 +37,21 @@ class MetricsLog:
     not `active` does nothing: of several ranks, one reports.
 
     Raises:
-        MetricsError: there is an older file to continue, and it is none of ours; names the line.
+        MetricsError: there is an older file to continue, and it is none of ours; names the line. Or the disk refused
+            (full, for example), here or in any method; names the file.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int = 0, active: bool = True):
         self._file = self._tensorboard = None
         if not active:
             return
-        path = run_dir / METRICS_FILE
+        self._path = path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if resumed_step else []
         shortened = path.with_suffix(".tmp")
-        shortened.write_text("".join(map(_to_line, kept)), encoding="utf-8")
-        shortened.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with _refusals_named(path):
+            shortened.write_text("".join(map(_to_line, kept)), encoding="utf-8")
+            shortened.replace(path)
+            self._file = path.open("a", encoding="utf-8")
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -58,8 +61,9 @@ class MetricsLog:
         """Adds one line, out of this process when it returns; numbers that are not finite become null."""
         if self._file is None:
             return
-        self._file.write(_to_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        with _refusals_named(self._path):
+            self._file.write(_to_line({"kind": kind, "step": step, **values}))
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
@@ -72,7 +76,8 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with _refusals_named(self._path):  # writes again what was refused before
+                self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -126,6 +131,17 @@ def show_progress(bar: tqdm, values: Mapping[str, float]) -> None:
     if "tokens_per_concept" in values:
         shown["tok/concept"] = f"{values['tokens_per_concept']:.2f}"
     bar.set_postfix({**shown, "tok/s": f"{values['tokens_per_second']:.0f}"}, refresh=False)
+
+
+@contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """The operating system's errors of writing, unlike those of opening, do not say which file they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"{path}: could not be written ({error}); make room, then continue with --resume {path.parent}"
+        ) from error
 
 
 def _to_line(values: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from train.data import (
     DataError,
     file_sha256,
     fingerprint,
+    read_manifest,
+    shard_files,
 )
 from train.documents import BadDocuments, Document, Source, open_sources, read_documents
 from train.tokenizer import (
@@ -57,11 +60,12 @@ from train.tokenizer import (
 BPE_TRAINING_BYTES = 1_000_000_000
 BATCH_CHARACTERS = 250_000  # text handed to a worker at a time
 FLUSH_BYTES = 8_000_000  # of ids held back before they are written
+STAGING_MARKER = ".unfinished"  # tells a directory of ours, which may be deleted, from anybody else's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareArguments:
-    """What is prepared from what; the fields are the command line's options."""
+    """What is prepared from what; the fields are the command line's options and their defaults."""
 
     inputs: tuple[str, ...]
     output: Path
@@ -70,7 +74,7 @@ class PrepareArguments:
     text_column: str = "text"
     split: str | None = None
     streaming: bool = False
-    workers: int = 1
+    workers: int = os.cpu_count() or 1
     shard_tokens: int = 100_000_000
     dtype: str | None = None
     seed: int = 0
@@ -134,16 +138,19 @@ def _argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="file, directory, hub:NAME[:CONFIG] or disk:PATH")
     add("--output", type=Path, required=True, metavar="DIR", help="directory to write")
-    add("--tokenizer", default="byte", help="byte, bpe:SIZE (trained on the training split), a path or a hub id")
-    add("--validation-fraction", type=float, default=0.02, help="share of documents held out")
-    add("--text-column", default="text", help="where rows keep their text")
+    add("--tokenizer", help="byte, bpe:SIZE (trained on the training split), a path or a hub id")
+    add("--validation-fraction", type=float, help="share of documents held out")
+    add("--text-column", help="where rows keep their text")
     add("--split", help="which split of a dataset to read; train if not given")
     add("--streaming", action="store_true", help="read hub: datasets without downloading them first")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
-    add("--shard-tokens", type=int, default=100_000_000, help="a shard is closed once it has this many tokens")
+    add("--workers", type=int, help="processes that tokenise")
+    add("--shard-tokens", type=int, help="a shard is closed once it has this many tokens")
     add("--dtype", choices=sorted(TOKEN_DTYPES), help="of stored ids; the smallest that holds the vocabulary")
-    add("--seed", type=int, default=0, help="draws the validation documents")
+    add("--seed", type=int, help="draws the validation documents")
     add("--skip-bad", action="store_true", help="leave unusable documents out and count them")
+    parser.set_defaults(
+        **{option.name: option.default for option in fields(PrepareArguments) if option.default is not MISSING}
+    )
     return parser
 
 
@@ -166,7 +173,10 @@ def _request(
     """Everything that decides the output; how it is computed (workers, streaming) and where is left out."""
     return {
         "sources": [[source.name, source.identity] for source in sources],
-        "tokenizer": arguments.tokenizer if tokenizer is None else tokenizer_hash(tokenizer),
+        # The hash is of tokenizer.json, which does not say which ids open and close a document.
+        "tokenizer": arguments.tokenizer
+        if tokenizer is None  # still to be trained
+        else [tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id],
         "validation_fraction": arguments.validation_fraction,
         "text_column": arguments.text_column,
         "shard_tokens": arguments.shard_tokens,
@@ -178,17 +188,13 @@ def _request(
 
 def _existing_manifest(output: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest in `output` when it answers this very request, None when nothing is there yet."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or _is_empty_directory(output):
         return None
-    path = output / "manifest.json"
-    if not path.is_file():
+    if not (output / "manifest.json").is_file():
         raise DataError(f"--output {output}: exists and is not prepared data; name another directory")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"--output {output}: manifest.json is not JSON ({error}); delete the directory") from error
-    previous = manifest["arguments"] if manifest.get("format_version") == FORMAT_VERSION else {}
-    differing = [key for key in request if previous.get(key) != request[key]]
+    manifest = read_manifest(output)
+    previous = manifest["arguments"]
+    differing = [key for key in request if key not in previous or previous[key] != request[key]]
     if differing:
         raise DataError(
             f"--output {output}: holds data prepared differently ({', '.join(differing)}); "
@@ -197,15 +203,24 @@ def _existing_manifest(output: Path, request: dict[str, Any]) -> dict[str, Any] 
     return manifest
 
 
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
 @contextmanager
 def _staged(output: Path) -> Iterator[Path]:
     """A directory to write into; it becomes `output` at the end, or disappears with the first exception."""
     staging = output.with_name(output.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
+    if staging.exists() and not _is_empty_directory(staging):
+        if not (staging / STAGING_MARKER).is_file():
+            raise DataError(f"--output {output}: {staging} is in the way, and not ours to delete; move it away")
+        shutil.rmtree(staging)  # left by a run that was killed
+    staging.mkdir(parents=True, exist_ok=True)
     try:
-        staging.mkdir(parents=True)
+        (staging / STAGING_MARKER).touch()
         yield staging
         staging.rename(output)
+        (output / STAGING_MARKER).unlink()
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -239,11 +254,14 @@ def _trained_tokenizer(arguments: PrepareArguments, sources: list[Source], vocab
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    total = 0  # progress.n stands still where no bar is shown
     with _progress("training the tokenizer") as progress:
         for text in texts:
             yield text
-            progress.update(len(text.encode()))
-            if progress.n >= limit:
+            size = len(text.encode())
+            progress.update(size)
+            total += size
+            if total >= limit:
                 return
 
 
@@ -309,13 +327,18 @@ def _tokenized(
 ) -> Iterator[tuple[Document, TokenizedDocument]]:
     """Documents with their tokens, in order whatever the number of workers."""
     batches = _batches(documents)
-    if workers == 1:
+    beginning = list(islice(batches, 2))
+    batches = chain(beginning, batches)
+    if workers == 1 or len(beginning) < 2:  # a single batch is done before a process has started
         tokenize = DocumentTokenizer(tokenizer_json, dtype)
         for batch in batches:
             yield from zip(batch, tokenize([document.text for document in batch]), strict=True)
         return
-    # Spawned, since forking a process that already runs threads (torch, tokenizers) may deadlock.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_json, dtype))
+    # Forked from a server that has the slow imports done and runs no threads: forking this process, where torch and
+    # tokenizers may run some, can deadlock, and a spawned process would spend seconds on its imports.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train.documents", "train.tokenizer"])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_json, dtype))
     pending: deque[tuple[list[Document], Future[list[TokenizedDocument]]]] = deque()
     try:
         for batch in batches:
@@ -352,7 +375,7 @@ class SplitWriter:
         self._tokens += len(ids)
         self._id_buffer += ids.tobytes()
         record = {"source": document.source, "domain": document.domain, "bytes": text_bytes, "tokens": len(ids)}
-        self._record_buffer += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._record_buffer += json.dumps(record).encode() + b"\n"
         if len(self._id_buffer) >= FLUSH_BYTES:
             self._flush()
         if self._tokens >= self._shard_tokens:
@@ -370,8 +393,7 @@ class SplitWriter:
         }
 
     def _start_shard(self) -> None:
-        name = f"{self._split}/{len(self.shards):05d}"
-        self._file, self._index_file = f"{name}.bin", f"{name}.idx"
+        self._file, self._index_file = shard_files(self._split, len(self.shards))
         self._starts: list[int] = []
         self._tokens = 0
         self._id_buffer = bytearray()
@@ -508,7 +530,7 @@ def _check_splits(splits: dict[str, Any], arguments: PrepareArguments, bad: BadD
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _progress(description: str) -> tqdm:

@@ -1,11 +1,12 @@
 """Pretraining: one loop for the DLCM and its baseline, read from top to bottom in `pretrain`.
 
     python -m train.pretrain CONFIG.yaml [section.key=value ...]      starts a run, or continues it
-    python -m train.pretrain --resume RUN_DIR                         continues a run
+    python -m train.pretrain --resume RUN_DIR [section.key=value ...] continues a run, as it was or changed
     torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel
 
 Whatever a step does is a function of (seed, step): its windows of text, its learning rate, its sharpening and its
-boundary draws. So a run that was stopped and resumed is, bit for bit, the run that was not.
+boundary draws. So a run that was stopped and resumed unchanged is, bit for bit, the run that was not. A resumed run
+may change everything but `model` and `output`; with another seed or batch, steps to come are those of the new values.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from train.checkpoint import (
     CheckpointError,
     TrainingState,
     checkpoint_path,
+    checkpoint_step,
+    half_written,
     has_checkpoints,
     latest_checkpoint,
     load_state,
@@ -78,8 +81,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
 
-    shards = TokenShards(run.data.path, "train", run.data.verify)
-    validation = TokenShards(run.data.path, "validation", run.data.verify)
+    shards, validation = open_shards(run, ranks)
     tokenizer = load_tokenizer(run.data.path)
     shards.check_tokenizer(tokenizer)
     loader = PackedLoader(
@@ -116,6 +118,16 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         MetricsLog(run_dir, state.step, active=ranks.is_first) as log,
         progress_bar(run.schedule.steps, state.step, shown=ranks.is_first) as bar,
     ):
+
+        def validate() -> None:
+            values = evaluate(run, model, validation, ranks) | {"tokens": state.tokens}
+            log.write("validation", state.step, values)
+            if ranks.is_first:
+                bar.write(f"step {state.step}: validation {validation_line(values)}")
+            throughput.restart()
+
+        if ranks.on_first(lambda: lacks_evaluation(run, state.step)):
+            validate()
         while state.step < run.schedule.steps:
             step = state.step  # counted from 0; metrics and checkpoints say how many steps are complete
             rate_factor = learning_rate_factor(step, run.schedule)
@@ -139,13 +151,12 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             optimizer.zero_grad()
             state.step += 1
             state.tokens += int(sums.tokens)
-            state.flops += training_flops(sums, model)
+            state.flops += training_flops(sums, model, len(batches))
             throughput.add(int(sums.tokens))
             if state.bad_in_a_row >= run.max_bad_steps:
                 raise TrainingError(
-                    f"step {state.step}: loss or gradient not finite in {state.bad_in_a_row} steps in a row; the "
-                    f"last good checkpoint, {checkpoint or 'none yet'}, is intact; lower optimizer.lr_token "
-                    f"or look at the data"
+                    f"step {state.step}: loss or gradient not finite in {state.bad_in_a_row} steps in a row; "
+                    f"{remedy(run, checkpoint)}, or look at the data"
                 )
 
             is_last = state.step == run.schedule.steps
@@ -164,13 +175,6 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 throughput.restart()
             bar.update()
 
-            if state.step % run.evaluation.every == 0 or is_last:
-                values = evaluate(run, model, validation, ranks) | {"tokens": state.tokens}
-                log.write("validation", state.step, values)
-                if ranks.is_first:
-                    bar.write(f"step {state.step}: validation {validation_line(values)}")
-                throughput.restart()
-
             stopping = bool(ranks.max(int(stop.number > 0)))
             if state.step % run.checkpoint.every == 0 or is_last or stopping:
                 checkpoint = checkpoint_path(run_dir, ranks.on_first(save))
@@ -179,9 +183,48 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 if ranks.is_first:
                     bar.write(f"stopped after step {state.step}; continue: python -m train.pretrain --resume {run_dir}")
                 return stop.number or signal.SIGTERM
+            # After the checkpoint, which nothing that fails here can cost; a resumed run makes up for it.
+            if evaluation_due(run, state.step):
+                validate()
     if ranks.is_first:
         print(f"finished {run_dir}: {checkpoint}")
     return 0
+
+
+def open_shards(run: RunConfig, ranks: Ranks) -> tuple[TokenShards, TokenShards]:
+    """The training and validation splits. The first rank verifies them for all: hashing reads every byte."""
+    splits = ("train", "validation")
+
+    def verify() -> None:
+        for split in splits:
+            TokenShards(run.data.path, split, run.data.verify)
+
+    ranks.on_first(verify)
+    shards, validation = (TokenShards(run.data.path, split, verify=False) for split in splits)
+    return shards, validation
+
+
+def evaluation_due(run: RunConfig, step: int) -> bool:
+    """Whether the model of `step` completed steps is to be evaluated."""
+    return step > 0 and (step % run.evaluation.every == 0 or step == run.schedule.steps)
+
+
+def lacks_evaluation(run: RunConfig, step: int) -> bool:
+    """Whether the run ended between the checkpoint of `step` and its evaluation."""
+    if not evaluation_due(run, step):
+        return False
+    recorded = {line["step"] for line in read_metrics(Path(run.output)) if line["kind"] == "validation"}
+    return step not in recorded
+
+
+def remedy(run: RunConfig, checkpoint: Path | None) -> str:
+    """What may help a run whose losses are no longer finite."""
+    if checkpoint is None:
+        return f"there is no checkpoint yet: delete {run.output} and start again with a lower optimizer.lr_token"
+    return (
+        f"the last good checkpoint, {checkpoint}, is intact: go on from it with a lower learning rate, "
+        f"--resume {run.output} optimizer.lr_token={run.optimizer.lr_token / 2:g}"
+    )
 
 
 def build_model(run: RunConfig, shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> Model:
@@ -247,23 +290,46 @@ def check_continues(fresh: TrainingState, saved: TrainingState, checkpoint: Path
         )
 
 
-def open_run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[RunConfig, int]:
-    """The run that the command line means, and the step of the checkpoint it continues from (0: from scratch).
+def open_run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[RunConfig, Path | None]:
+    """The run that the command line means, and the checkpoint it continues from (None: from scratch).
 
     Raises:
-        ConfigError: a bad configuration, or a run directory that belongs to a run with another one.
+        ConfigError: a bad configuration, a run directory that belongs to a run with another one, or a change that
+            a resumed run cannot make.
         CheckpointError: nothing to resume, or no checkpoint is good.
     """
     if arguments.resume is None:
         run = load_run_config(arguments.config, arguments.overrides)
         run_dir = Path(run.output)
         ranks.on_first(lambda: check_run_directory(run))
-        step = ranks.on_first(lambda: load_state(latest_checkpoint(run_dir)).step if has_checkpoints(run_dir) else 0)
-    else:
-        step = ranks.on_first(lambda: load_state(latest_checkpoint(arguments.resume)).step)
-        run = load_run_config(checkpoint_path(arguments.resume, step) / "run.yaml")
-        run.output = str(arguments.resume)  # it may have been moved
-    return run, step
+        step = ranks.on_first(lambda: step_to_continue(run_dir))
+        return run, checkpoint_path(run_dir, step) if step else None
+    run_dir = arguments.resume
+    checkpoint = checkpoint_path(run_dir, ranks.on_first(lambda: checkpoint_step(latest_checkpoint(run_dir))))
+    # The run's own record knows of changes made since the checkpoint; checkpoints alone will do, though.
+    record = run_dir / "run.yaml" if (run_dir / "run.yaml").exists() else checkpoint / "run.yaml"
+    before, run = load_run_config(record), load_run_config(record, arguments.overrides)
+    changes = config_differences(before, run)
+    for key, (old, new) in changes.items():
+        if key == "output" or key.startswith("model."):
+            raise ConfigError(
+                f"command line: {key} cannot change from {old} to {new} in a resumed run; start a run with its "
+                f"config file and another output"
+            )
+    if ranks.is_first:
+        for key, (old, new) in changes.items():
+            print(f"changed  {key} from {old} to {new}")
+    run.output = str(run_dir)  # it may have been moved
+    return run, checkpoint
+
+
+def step_to_continue(run_dir: Path) -> int:
+    """The step of the newest good checkpoint; 0 where none was ever written to its end."""
+    if has_checkpoints(run_dir):
+        return checkpoint_step(latest_checkpoint(run_dir))
+    for partial in half_written(run_dir)[:1]:
+        print(f"warning: {partial}: is half-written, and no other checkpoint is here; from scratch", file=sys.stderr)
+    return 0
 
 
 def check_run_directory(run: RunConfig) -> None:
@@ -295,7 +361,8 @@ def record_run(run: RunConfig) -> None:
 class StopSignal:
     """While active, SIGINT and SIGTERM are noted in `number` and left to the loop, which ends its step first.
 
-    A second signal acts at once, unless `repeats` says that the launcher sends each one twice, as torchrun does.
+    A second signal acts at once, unless `repeats` says that the launcher sends each one twice, as torchrun does. A
+    signal that was ignored when the run began stays so: nohup, or a script's `&`, means just that.
     """
 
     def __init__(self, repeats: bool):
@@ -303,7 +370,8 @@ class StopSignal:
         self._repeats = repeats
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -346,12 +414,16 @@ def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.pretrain", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config", type=Path, nargs="?", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that win over the file's")
+    parser.add_argument("config", nargs="?", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys that win over the run's")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue the run in this directory")
     arguments = parser.parse_args(argv)
+    if arguments.resume is not None and "=" in (arguments.config or ""):
+        # argparse takes the first word for the config; with --resume it is an override.
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
     if (arguments.config is None) == (arguments.resume is None):
-        parser.error("give either a CONFIG (with overrides if you like) or --resume RUN_DIR alone")
+        parser.error("give either a CONFIG or --resume RUN_DIR, with overrides if you like")
     return arguments
 
 
@@ -361,9 +433,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()  # of saving one file, in the middle of ours
     ranks = Ranks()
     try:
-        run, step = open_run(arguments, ranks)
-        checkpoint = checkpoint_path(Path(run.output), step) if step else None
-        if step >= run.schedule.steps:
+        run, checkpoint = open_run(arguments, ranks)
+        step = checkpoint_step(checkpoint) if checkpoint else 0
+        if step >= run.schedule.steps and not ranks.on_first(lambda: lacks_evaluation(run, step)):
             print(f"{run.output} is finished: {checkpoint}")
             return 0
         number = pretrain(run, checkpoint, ranks)

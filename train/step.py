@@ -78,11 +78,12 @@ def forward_backward(
 def global_boundary_statistics(
     run: RunConfig, model: Model, batches: Sequence[PackedBatch], step: int, ranks: Ranks
 ) -> ParserStatistics | None:
-    """Boundaries of all micro-batches and ranks, by a cheap pass of encoder and detector ahead of the step.
+    """Boundaries of all micro-batches and ranks, by a pass of encoder and detector ahead of the step.
 
-    None where none is needed: a single micro-batch is summed over ranks by the model itself.
+    This runs encoder and detector once more for every micro-batch, without gradient: about a third of a forward
+    where the encoder is deep, as in configs/table3. None where none is needed (see `counts_boundaries_first`).
     """
-    if not isinstance(model, DLCMForCausalLM) or len(batches) == 1 or model.config.segmenter == "fixed":
+    if not isinstance(model, DLCMForCausalLM) or not counts_boundaries_first(model, len(batches)):
         return None
     each = []
     for micro, batch in enumerate(batches):
@@ -92,6 +93,11 @@ def global_boundary_statistics(
         with autocast(run, model.device):
             each.append(model.boundary_statistics(**model_inputs(batch), generator=generator))
     return functools.reduce(operator.add, each).all_reduce()
+
+
+def counts_boundaries_first(model: Model, accumulation: int) -> bool:
+    """Whether a step needs a pass ahead to count its boundaries; a single micro-batch is summed by the model itself."""
+    return isinstance(model, DLCMForCausalLM) and accumulation > 1 and model.config.segmenter != "fixed"
 
 
 def boundary_generator(seed: int, step: int, micro: int, ranks: Ranks, device: torch.device) -> torch.Generator:
@@ -169,8 +175,15 @@ def concept_metrics(sums: StepSums, model: Model) -> dict[str, float]:
     return values
 
 
-def training_flops(sums: StepSums, model: Model) -> float:
-    """FLOPs of a step, forward and backward, at the documents and concepts that it really had."""
+def training_flops(sums: StepSums, model: Model, accumulation: int) -> float:
+    """FLOPs of a step, at the documents and concepts that it really had.
+
+    Forward and backward, and the pass that counts boundaries ahead where `accumulation` micro-batches need it.
+    """
     length = sums.squared_lengths / sums.tokens
     ratio = sums.tokens / sums.concepts if sums.concepts else None
-    return FORWARDS_PER_STEP * forward_flops(model.config, length, ratio).total * sums.tokens
+    forward = forward_flops(model.config, length, ratio)
+    per_token = FORWARDS_PER_STEP * forward.total
+    if counts_boundaries_first(model, accumulation):
+        per_token += forward.stages["encoder"] + forward.stages["detector"]
+    return per_token * sums.tokens

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dlcm import DLCMForCausalLM
 from tests.conftest import tiny_config
 from train.checkpoint import (
+    REQUIRED_FILES,
     CheckpointError,
     TrainingState,
+    half_written,
     has_checkpoints,
     latest_checkpoint,
     load_state,
@@ -149,10 +151,51 @@ def test_a_flipped_bit_falls_back_to_the_previous_checkpoint(
 
 def test_a_missing_file_and_half_written_directories_are_passed_over(run_dir: Path, capsys: pytest.CaptureFixture[str]):
     (latest_checkpoint(run_dir) / "optimizer.safetensors").unlink()
-    (run_dir / "checkpoints" / "step_00000009.tmp").mkdir()
+    (run_dir / "checkpoints" / "step_00000009").mkdir()
     assert latest_checkpoint(run_dir).name == "step_00000003"
     warning = capsys.readouterr().err
-    assert "optimizer.safetensors is missing" in warning and "step_00000009.tmp: is half-written" in warning
+    assert "optimizer.safetensors is missing" in warning and "step_00000009: is half-written" in warning
+
+
+@pytest.mark.parametrize("name", ["step_00000009.tmp", "step_9"])
+def test_only_final_names_count(run_dir: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    newest = latest_checkpoint(run_dir)
+    shutil.copytree(newest, newest.with_name(name))  # complete, but for its name
+    assert latest_checkpoint(run_dir) == newest
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", REQUIRED_FILES)
+def test_checksums_must_name_every_file_that_matters(run_dir: Path, name: str):
+    newest = latest_checkpoint(run_dir)
+    checksums = json.loads((newest / "checksums.json").read_text())
+    del checksums[name]
+    (newest / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(CheckpointError, match=rf"checksums\.json lacks {name}"):
+        verify_checkpoint(newest)
+    (newest / "checksums.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"checksums\.json lacks model\.safetensors"):
+        verify_checkpoint(newest)
+
+
+def test_checksums_of_files_elsewhere_are_refused(run_dir: Path):
+    newest = latest_checkpoint(run_dir)
+    checksums = json.loads((newest / "checksums.json").read_text())
+    checksums["../step_00000003/state.json"] = "0"
+    (newest / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(CheckpointError, match=r"names '\.\./step_00000003/state\.json', which is no plain file name"):
+        verify_checkpoint(newest)
+
+
+def test_an_interrupted_save_leaves_nothing_behind(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(descriptor: int) -> None:
+        assert half_written(tmp_path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained.save(tmp_path, 3)
+    assert os.listdir(tmp_path / "checkpoints") == [] and not has_checkpoints(tmp_path)
 
 
 def test_damaged_checksums(run_dir: Path):

@@ -83,8 +83,8 @@ def test_differences_are_named_by_full_key(dlcm_yaml: Path):
         load_run_config(dlcm_yaml),
         load_run_config(dlcm_yaml, ["batch.rows=3", "model.threshold=0.4"]),
     )
-    assert config_differences(run, other) == ["batch.rows", "model.threshold"]
-    assert config_differences(run, run) == []
+    assert config_differences(run, other) == {"batch.rows": (2, 3), "model.threshold": (None, 0.4)}
+    assert config_differences(run, run) == {}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,10 @@ def test_differences_are_named_by_full_key(dlcm_yaml: Path):
             "command line: unknown key 'optimizer.lr_tokn'; did you mean 'optimizer.lr_token'?",
         ),
         ("rows=1", "unknown key 'rows'; did you mean 'batch.rows'?"),
+        ("lr_token=1", "unknown key 'lr_token'; did you mean 'optimizer.lr_token'?"),
+        ("model.num_layers=1", "unknown key 'model.num_layers'; only model.architecture=llama has it"),
+        ("model.bos_token_id=1", "unknown key 'model.bos_token_id'; the tokenizer decides it"),
+        ("zzz=1", "unknown key 'zzz'; the sections are model, data, batch"),
         ("model.d_tokken=8", "unknown key 'model.d_tokken'; did you mean 'model.d_token'?"),
         ("model.num_layers=8", "unknown key 'model.num_layers'"),  # the baseline's, not this architecture's
         ("model.bos_token_id=0", "unknown key 'model.bos_token_id'"),  # the tokenizer decides it
@@ -112,6 +116,10 @@ def test_differences_are_named_by_full_key(dlcm_yaml: Path):
         ("batch.rows=null", "batch.rows: Incompatible value 'None'"),
         ("device=tpu", "device: Invalid value 'tpu', expected one of ['auto', 'cpu', 'cuda']"),
         ("batch.rows=0", "batch.rows is 0, but must be at least 1"),
+        ("seed=-1", "seed is -1, but must be 0 or more"),
+        (f"seed={2**63}", "seed does not fit into 64 bits; choose a number below 2**63"),
+        (f"schedule.steps={10**400}", "schedule.steps does not fit into 64 bits"),
+        (f"model.d_token={2**64}", "model.d_token does not fit into 64 bits"),
         ("threads=0", "threads is 0, but must be at least 1"),
         ("data.sequence_length=1", "data.sequence_length is 1, but must be at least 2"),
         ("optimizer.lr_token=0", "optimizer.lr_token is 0.0, but must be above 0"),

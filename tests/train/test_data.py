@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import DataError, PackedBatch, PackedLoader, TokenShards, validation_batches
-from train.prepare import PrepareArguments, prepare
+from train.data import DataError, PackedBatch, PackedLoader, TokenShards, fingerprint, validation_batches
+from train.prepare import PrepareArguments, main, prepare
 from train.tokenizer import byte_tokenizer, train_bpe
 
 DOCUMENTS = 60
@@ -186,7 +189,6 @@ def test_every_epoch_visits_every_window_once(shards: TokenShards, data_path: Pa
     orders = [visited[epoch * count : (epoch + 1) * count] for epoch in range(epochs)]
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert orders[0] != orders[1]
-    assert [loader.epoch(step) for step in range(steps)] == [step * rows // count for step in range(steps)]
 
 
 def test_batches_are_a_pure_function_of_their_coordinates(shards: TokenShards, data_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_target_bytes_are_the_text_of_whole_documents(data_path: Path) -> None:
 
 def test_batch_moves_to_a_device_with_cu_seqlens_left_behind(shards: TokenShards) -> None:
     batch = PackedLoader(shards, 50, 2, 0).batch(0)
-    moved = batch.to("meta", non_blocking=True)
+    moved = batch.to("meta")
     assert (moved.input_ids.device.type, moved.labels.device.type) == ("meta", "meta")
     assert moved.cu_seqlens is batch.cu_seqlens
     assert (moved.num_targets, moved.target_bytes) == (batch.num_targets, batch.target_bytes)
@@ -303,14 +305,82 @@ def test_damage_in_one_split_leaves_the_other_readable(damaged: Path) -> None:
 def test_edited_manifest(damaged: Path) -> None:
     path = damaged / "manifest.json"
     original = path.read_text()
-    manifest = json.loads(original)
-    manifest["splits"]["train"]["shards"].reverse()
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"manifest\.json: edited, its fingerprint no longer fits"):
-        TokenShards(damaged, "train")
+    for keys, value in (
+        (("tokenizer", "vocab_size"), 300),
+        (("tokenizer", "bos_token_id"), None),
+        (("tokenizer", "eos_token_id"), 1),
+        (("dtype",), "uint32"),
+        (("splits", "train", "shards", 0, "tokens"), 2),
+    ):
+        manifest = content = json.loads(original)
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=r"manifest\.json: edited, its fingerprint no longer fits"):
+            TokenShards(damaged, "train")
     path.write_text(json.dumps(json.loads(original) | {"format_version": 99}))
     with pytest.raises(DataError, match="format version 99, this code reads 1"):
         TokenShards(damaged, "train")
     path.write_text(original[:100])
     with pytest.raises(DataError, match=r"manifest\.json: not JSON"):
         TokenShards(damaged, "train")
+
+
+def without(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in manifest.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda manifest: [manifest], "the manifest is a list, not a JSON object"),
+        (lambda manifest: without(manifest, "fingerprint"), "the manifest has no 'fingerprint'"),
+        (lambda manifest: without(manifest, "splits"), "the manifest has no 'splits'"),
+        (lambda manifest: without(manifest, "arguments"), "the manifest has no 'arguments'"),
+        (lambda manifest: manifest | {"tokenizer": {}}, "tokenizer has no 'hash'"),
+        (lambda manifest: manifest | {"tokenizer": "byte"}, "'tokenizer' of the manifest is a str"),
+        (lambda manifest: manifest | {"dtype": "int8"}, "dtype 'int8' is none of uint16, uint32"),
+        (lambda manifest: manifest | {"splits": {"train": []}}, "train is a list, not a JSON object"),
+        (lambda manifest: manifest | {"splits": {"train": {"shards": [{}]}}}, "shard 0 of train has no 'file'"),
+        (lambda manifest: manifest | {"splits": {"../train": {"shards": []}}}, "split '../train' is none of"),
+    ],
+)
+def test_malformed_manifest(
+    edit: Callable[[dict[str, Any]], Any], problem: str, damaged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damaged / "manifest.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(DataError, match=rf"manifest\.json: {re.escape(problem)}.*; delete .* and prepare it anew$"):
+        TokenShards(damaged, "train")
+    # prepare looks at it too, before it says that there is nothing to do
+    (damaged.parent / "a.txt").write_text("some text")
+    assert main([str(damaged.parent / "a.txt"), "--output", str(damaged)]) == 2
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "\xff"])
+def test_manifest_that_json_cannot_read(content: str, damaged: Path) -> None:
+    (damaged / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"manifest\.json: not JSON .* and prepare it anew$"):
+        TokenShards(damaged, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("file", "../prepared/train/00000.bin"),
+        ("file", "/etc/hostname"),
+        ("file", "train/00001.bin"),
+        ("file", "train/0.bin"),
+        ("index_file", "train/../train/00000.idx"),
+    ],
+)
+def test_manifest_opens_only_its_own_shards(key: str, name: str, damaged: Path) -> None:
+    """Not even with a fingerprint that fits."""
+    path = damaged / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["train"]["shards"][0][key] = name
+    path.write_text(json.dumps(manifest | {"fingerprint": fingerprint(manifest)}))
+    with pytest.raises(DataError, match=rf"manifest\.json: shard 0 of train is called '.*{re.escape(name)}'"):
+        TokenShards(damaged, "train", verify=False)

@@ -99,6 +99,8 @@ def test_identity_follows_the_content_not_the_place(tmp_path: Path) -> None:
         (b'{"text": "\\ud800"}', r"not UTF-8 \(lone surrogate at character 0\)"),
         (b'{"text": "cut', r"not valid JSON \(.*\)"),
         (b"", r"not valid JSON"),
+        (b'{"text": "t", "id": ' + b"1" * 5000 + b"}", r"not valid JSON \(Exceeds the limit"),
+        (b"[" * 100_000, r"not valid JSON \(maximum recursion depth"),
         (b'["text"]', "a JSON list, not an object"),
         (b'{"body": "b", "id": 3}', r"no 'text' \(the row has body, id; --text-column names another\)"),
         (b'{"text": 7}', "'text' is int, not text"),
@@ -123,6 +125,21 @@ def test_bad_text_file_and_bad_parquet_row_are_named(tmp_path: Path) -> None:
     invalid = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff\xfe"]).buffers())
     parquet.write_table(pa.table({"text": invalid}), path)
     with pytest.raises(DataError, match=r"part\.parquet: row 2: not UTF-8"):
+        read(path)
+
+
+def test_damaged_parquet_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    parquet.write_table(pa.table({"text": [f"document {number}" for number in range(5000)]}), path, row_group_size=1000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part\.parquet: cannot be read beyond row \d+, damaged \(.*\)$"):
+        read(path, bad=BadDocuments(skip=True))
+    invalid = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff\xfe"]).buffers())
+    parquet.write_table(pa.table({"text": ["one", "two"], "source": invalid}), path)
+    with pytest.raises(DataError, match=r"part\.parquet: cannot be read beyond row 0, damaged"):
         read(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_foreign_file_is_refused_and_kept(tmp_path: Path, line: str):
     with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: not a line of metrics"):
         MetricsLog(tmp_path, resumed_step=1)
     assert path.read_text().endswith(line + "\n")
+
+
+def test_a_refusing_disk_is_named_with_the_file(tmp_path: Path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond 20 kB
+    try:
+        with (
+            pytest.raises(MetricsError, match=r"metrics\.jsonl: could not be written .*File too large.*--resume"),
+            MetricsLog(tmp_path) as log,
+        ):
+            log.write("train", 1, {"x" * 30_000: 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_throughput_leaves_out_pauses():

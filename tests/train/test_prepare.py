@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train import prepare as module
 from train.data import DataError, TokenShards
-from train.prepare import PrepareArguments, SplitWriter, main, prepare, split_of
+from train.prepare import STAGING_MARKER, PrepareArguments, SplitWriter, main, prepare, split_of
 from train.tokenizer import BOS, EOS, byte_tokenizer, tokenizer_hash
 
 WORDS = ["the", "moon", "over", "江心寺", "def", "return", "3.14159", "naïve", "🌊", "\n", "x += 1;", "<|eos|>"]
@@ -137,6 +137,33 @@ def test_bpe_never_sees_the_validation_text(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+def test_bpe_training_text_is_limited_without_a_terminal() -> None:
+    assert list(module._first_bytes(["one", "two", "é", "three"], 8)) == ["one", "two", "é"]
+
+
+def test_labels_may_hold_any_character(tmp_path: Path) -> None:
+    labels = ["a\u2028b", "c\x85d", "\ud800"]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": "t", "source": label}) + "\n" for label in labels))
+    prepare(arguments(path, tmp_path / "out", validation_fraction=0.0))
+    lines = (tmp_path / "out" / "train" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["source"] for line in lines] == labels
+
+
+def test_defaults_of_the_command_line_are_those_of_the_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[PrepareArguments] = []
+    monkeypatch.setattr(module, "prepare", seen.append)
+    main(["a.txt", "--output", str(tmp_path)])
+    assert seen == [PrepareArguments(inputs=("a.txt",), output=tmp_path)]
+
+
+def test_single_batch_starts_no_process(rows_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "ProcessPoolExecutor")
+    assert prepare(arguments(rows_path, tmp_path / "out", workers=8))["splits"]["train"]["documents"] > 0
+
+
 def test_text_that_spells_special_tokens_stays_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "corpus.jsonl", [{"text": f"{BOS}an{EOS}{EOS}"}])
     prepare(arguments(path, tmp_path / "out", validation_fraction=0.0))
@@ -196,6 +223,22 @@ def test_other_data_is_not_overwritten(options: dict[str, object], named: str, r
     assert snapshot(output) == before
 
 
+def test_changed_document_tokens_are_noticed(rows_path: Path, tmp_path: Path) -> None:
+    """They stand in tokenizer_config.json, which the hash of tokenizer.json does not cover."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {"tokenizer": str(tmp_path / "tokenizer")}
+    first = prepare(arguments(rows_path, tmp_path / "out", **options))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token=EOS).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    with pytest.raises(DataError, match=r"prepared differently \(tokenizer\)"):
+        prepare(arguments(rows_path, tmp_path / "out", **options))
+    other = prepare(arguments(rows_path, tmp_path / "other", **options))
+    assert other["tokenizer"]["hash"] == first["tokenizer"]["hash"]
+    assert other["fingerprint"] != first["fingerprint"]
+
+
 def test_changed_input_is_noticed_and_a_foreign_directory_is_kept(rows_path: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     prepare(arguments(rows_path, output))
@@ -214,10 +257,26 @@ def test_leftovers_of_a_killed_run_are_discarded(rows_path: Path, tmp_path: Path
     staging = tmp_path / "out.tmp"
     (staging / "train").mkdir(parents=True)
     (staging / "train" / "00000.bin").write_bytes(b"half a shard")
+    (staging / STAGING_MARKER).touch()
     prepare(arguments(rows_path, tmp_path / "out"))
     prepare(arguments(rows_path, tmp_path / "clean"))
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "clean")
     assert not staging.exists()
+
+
+def test_directory_in_the_way_is_kept(rows_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "out.tmp" / "chapter.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("years of work")
+    command = [str(rows_path), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output {tmp_path / 'out'}: {foreign.parent} is in the way")
+    assert error.count("\n") == 1
+    assert foreign.read_text() == "years of work"
+    foreign.unlink()  # an empty one is nobody's loss
+    assert main(command) == 0
+    assert not (tmp_path / "out" / STAGING_MARKER).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from dlcm.flops import forward_flops
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
 from train.config import RunConfig, load_run_config
-from train.data import PackedBatch, PackedLoader, TokenShards
+from train.data import DataError, PackedBatch, PackedLoader, TokenShards
 from train.distributed import Ranks
 from train.evaluate import evaluate
 from train.metrics import WALL_CLOCK, read_metrics
-from train.pretrain import build_model, check_continues, main
+from train.pretrain import build_model, check_continues, main, open_shards
 from train.step import StepSums, forward_backward, mean_losses
 from train.tokenizer import load_tokenizer
 
@@ -158,6 +158,85 @@ def test_a_moved_run_and_a_bare_checkpoint_resume(data: Path, tmp_path: Path, ta
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_failing_evaluation_costs_no_step_and_is_made_up_for(
+    step: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    whole, failed = tmp_path / "whole", tmp_path / "failed"
+    assert main([str(write_config(tmp_path / "whole.yaml", "dlcm", data, whole))]) == 0
+    config = write_config(tmp_path / "failed.yaml", "dlcm", data, failed, checkpoint={"every": 3})
+
+    def fail(*arguments: Any) -> dict[str, float]:
+        if read_metrics(failed)[-1]["step"] == step:
+            raise OSError("the validation shard is gone")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(pretrain_module, "evaluate", fail)
+    assert main([str(config)]) == 2
+    assert_one_error(capsys, "the validation shard is gone")
+    assert load_state(latest_checkpoint(failed)).step == step
+    monkeypatch.setattr(pretrain_module, "evaluate", evaluate)
+    assert main(["--resume", str(failed)]) == 0
+    assert_same_run(whole, failed)
+
+
+def test_an_unfinished_first_checkpoint_is_started_over(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([str(write_config(tmp_path / "whole.yaml", "llama", data, whole))]) == 0
+    config = write_config(tmp_path / "killed.yaml", "llama", data, killed)
+    assert main([str(config)]) == 0
+    final = latest_checkpoint(killed)
+    final.rename(final.with_suffix(".tmp"))  # killed just before it was renamed
+    capsys.readouterr()
+    assert main([str(config)]) == 0
+    captured = capsys.readouterr()
+    assert f"warning: {final.with_suffix('.tmp')}: is half-written" in captured.err and captured.err.count("\n") == 1
+    assert "from scratch" in captured.out
+    assert_same_run(whole, killed)
+    assert os.listdir(killed / "checkpoints") == [final.name]
+
+
+def test_a_resumed_run_may_change(data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]):
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir)
+    tap.before = stop_at(3)
+    assert main([str(config)]) != 0
+
+    def die(step: int) -> None:
+        raise SystemError("killed")
+
+    tap.before = die
+    capsys.readouterr()
+    with pytest.raises(SystemError):
+        main(["--resume", str(run_dir), "optimizer.lr_token=1e-3", "schedule.steps=6"])
+    out = capsys.readouterr().out
+    assert "changed  optimizer.lr_token from 0.003 to 0.001" in out and "schedule.steps from 8 to 6" in out
+    tap.before = lambda step: None
+    assert main(["--resume", str(run_dir)]) == 0  # the changes are on record
+    checkpoint = latest_checkpoint(run_dir)
+    assert load_state(checkpoint).step == 6
+    for record in (run_dir / "run.yaml", checkpoint / "run.yaml"):
+        assert load_run_config(record).optimizer.lr_token == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_token=64", "model.d_token cannot change from 32 to 64 in a resumed run"),
+        ("output=elsewhere", "output cannot change from"),
+        ("batch.rows=0", "batch.rows is 0, but must be at least 1"),
+        ("batch.row=2", "unknown key 'batch.row'; did you mean 'batch.rows'?"),
+    ],
+)
+def test_changes_that_a_resumed_run_cannot_make(
+    override: str, message: str, data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    tap.before = stop_at(0)
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) != 0
+    assert main(["--resume", str(tmp_path / "run"), override]) == 2
+    assert_one_error(capsys, message)
+
+
 def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run")
     assert main([str(config)]) == 0
@@ -177,6 +256,23 @@ def test_another_config_in_the_same_directory_is_refused(
     assert_one_error(capsys, "holds a run with other values of batch.rows, model.rope_theta; choose another output")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT, which it does not set up where SIGINT was ignored when it started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_ignored_signal_stays_ignored(data: Path, tmp_path: Path, tap: Tap):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tap.before = stop_at(3, signal.SIGINT)
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once(data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]):
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -281,7 +377,7 @@ import sys
 from train.pretrain import Ranks, open_run, parse_arguments, pretrain
 ranks = Ranks()
 for config in sys.argv[1:]:
-    run, step = open_run(parse_arguments([config]), ranks)
+    run, _ = open_run(parse_arguments([config]), ranks)
     pretrain(run, None, ranks)
 ranks.leave()
 """
@@ -317,12 +413,31 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
         assert len(metrics(one)) == len(metrics(other)) == 4
         for ours, theirs in zip(metrics(one), metrics(other), strict=True):
             assert ours.pop("kind") == theirs.pop("kind")
+            if accumulation == 1 and "flops" in ours:  # two micro-batches against one: boundaries are counted ahead
+                assert ours.pop("flops") > theirs.pop("flops")
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         single, double = final_tensors(one), final_tensors(other)
         for name in load_file(latest_checkpoint(one) / "model.safetensors"):
             torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-5)
         state = load_state(latest_checkpoint(other))
         assert (state.world_size, state.tokens) == (2, 3 * 2 * accumulation * 2 * 32)
+
+
+def test_the_first_rank_verifies_the_data_for_all(data: Path, tmp_path: Path):
+    class OtherRank(Ranks):
+        def on_first(self, action: Callable[[], int | None]) -> int:
+            return 0  # done, elsewhere
+
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    shard = next((copy / "train").glob("*.bin"))
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    run = load_run_config(write_config(tmp_path / "run.yaml", "llama", copy, tmp_path / "run"))
+    with pytest.raises(DataError, match="its sha256 is not the manifest's"):
+        open_shards(run, Ranks())
+    shards, validation = open_shards(run, OtherRank())
+    assert (shards.split, validation.split) == ("train", "validation")
+    run.data.verify = False
+    open_shards(run, Ranks())
 
 
 # --- the numbers ---
@@ -357,7 +472,10 @@ def test_steps_flops_are_of_the_real_documents_and_concepts():
     model = DLCMForCausalLM(config)
     # Documents of 10 and 30 tokens: attention costs what one length of (100 + 900) / 40 would.
     sums = StepSums(0, 0, 0, tokens=40, squared_lengths=1000, aux=0, boundaries=0, probability=0, concepts=8)
-    assert step_module.training_flops(sums, model) == 3 * 40 * forward_flops(config, 25, 5).total
+    forward = forward_flops(config, 25, 5)
+    assert step_module.training_flops(sums, model, accumulation=1) == 3 * 40 * forward.total
+    ahead = forward.stages["encoder"] + forward.stages["detector"]  # to count boundaries
+    assert step_module.training_flops(sums, model, accumulation=2) == pytest.approx(40 * (3 * forward.total + ahead))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -430,11 +548,24 @@ def test_bad_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
     tap.after = lambda step, model, sums: sums._replace(ce=math.inf) if step >= 3 else sums
     assert main([str(config)]) == 2
     good = run_dir / "checkpoints" / "step_00000004"  # step 4 was bad, but moved nothing
-    assert_one_error(capsys, f"not finite in 3 steps in a row; the last good checkpoint, {good}, is intact")
+    change = "optimizer.lr_token=0.0015"
+    assert_one_error(
+        capsys,
+        f"not finite in 3 steps in a row; the last good checkpoint, {good}, is intact: go on from it with a lower "
+        f"learning rate, --resume {run_dir} {change}",
+    )
     verify_checkpoint(good)
     tap.after = lambda step, model, sums: sums
-    assert main([str(config)]) == 0
+    assert main(["--resume", str(run_dir), change]) == 0
     assert load_state(latest_checkpoint(run_dir)).skipped == 1
+
+
+def test_bad_steps_before_the_first_checkpoint(
+    data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    tap.after = lambda step, model, sums: sums._replace(ce=math.nan)
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) == 2
+    assert_one_error(capsys, f"there is no checkpoint yet: delete {tmp_path / 'run'} and start again with a lower")
 
 
 def test_a_full_disk_stops_the_run_with_its_checkpoint_intact(
@@ -540,8 +671,8 @@ def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert_one_error(capsys, f"{tmp_path}: no checkpoint here; start the run with its config file")
 
 
-@pytest.mark.parametrize("command", [[], ["config.yaml", "--resume", "run"]])
+@pytest.mark.parametrize("command", [[], ["config.yaml", "--resume", "run"], ["config.yaml", "a=1", "--resume", "run"]])
 def test_the_command_line_is_either_a_config_or_a_run(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(command)
-    assert re.search("give either a CONFIG .* or --resume RUN_DIR alone", capsys.readouterr().err)
+    assert re.search("give either a CONFIG or --resume RUN_DIR, with", capsys.readouterr().err)
