@@ -405,6 +405,8 @@ def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation
         f"data     {run.data.path}, {loader.shards.num_tokens:,} training and {validation.num_tokens:,} "
         f"validation tokens"
     )
+    if loader.shards.manifest["token_bytes"] == "average":
+        print("         bits per byte are approximate: this tokenizer's tokens stand for no exact number of bytes")
     print(
         f"steps    {steps:,} of {per_step:,} tokens, {steps * per_step:,} in all "
         f"({steps * per_step / loader.shards.num_tokens:.2f} epochs)"
