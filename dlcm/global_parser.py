@@ -34,8 +34,8 @@ class ParserStatistics:
         return cls(
             boundaries=decided.boundary_T.sum().to(p_T.dtype),
             probability=p_T.sum(),
-            tokens=p_T.new_tensor(layout.total),
-            documents=p_T.new_tensor(layout.num_documents),
+            tokens=p_T.new_full((), layout.total),
+            documents=p_T.new_full((), layout.num_documents),
         )
 
     def __add__(self, other: "ParserStatistics") -> "ParserStatistics":

@@ -119,8 +119,7 @@ class DLCMForCausalLM(PackedCausalLM):
         logits_TV = self.unembed(self.decoder_norm(self.decoder(h_TE, tokens)))
 
         statistics = ParserStatistics.of(decided, tokens)
-        total = parser_total or (statistics.all_reduce() if self.training else statistics)
-        aux_loss = self._aux_loss(decided, tokens, total, averaged=num_items_in_batch is None)
+        aux_loss = self._aux_loss(decided, tokens, statistics, parser_total, averaged=num_items_in_batch is None)
         loss = ce_loss = None
         if labels is not None:
             ce_loss = self.cross_entropy(logits_TV, rows.pack(labels), tokens, num_items_in_batch)
@@ -165,9 +164,18 @@ class DLCMForCausalLM(PackedCausalLM):
             raise ValueError(f"segmenter='{self.config.segmenter}' draws no boundaries: nothing to sharpen")
         self.detector.sharpening = sharpening
 
-    def _aux_loss(self, decided: Boundaries, tokens: PackedLayout, total: ParserStatistics, averaged: bool) -> Tensor:
+    def _aux_loss(
+        self,
+        decided: Boundaries,
+        tokens: PackedLayout,
+        own: ParserStatistics,
+        total: ParserStatistics | None,
+        averaged: bool,
+    ) -> Tensor:
         if self.config.segmenter == "fixed":
             return decided.probability_T.new_zeros(())
+        if total is None:
+            total = own.all_reduce() if self.training else own
         ranks = 1
         if averaged and self.training and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
