@@ -1,16 +1,17 @@
-"""Causal attention over packed documents (section 4): one function, three backends.
+"""Causal attention over packed documents (section 4): one function, four backends.
 
+    flash_attn_4  the flash-attn-4 package, for Hopper and Blackwell GPUs; fp16 or bf16
     flash_attn    the flash-attn package; CUDA, fp16 or bf16
     torch_varlen  torch's own varlen FlashAttention; CUDA, fp16 or bf16
     sdpa          torch's scaled_dot_product_attention, document by document; any device and dtype. The reference.
 
-`auto` takes flash_attn where it is importable, else torch_varlen, on CUDA in half precision, and sdpa otherwise.
-A backend asked for by name that cannot run is an error.
+`auto` takes the first of them that can run. A backend asked for by name that cannot run is an error.
 """
 
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -43,6 +44,8 @@ def causal_attention(
         AttentionBackendError: `backend` cannot run on this device, dtype or installation.
     """
     match resolve_backend(backend, q_THN.device, q_THN.dtype):
+        case "flash_attn_4":
+            return _flash_attn_4(q_THN, k_TKN, v_TKN, layout)
         case "flash_attn":
             return _flash_attn(q_THN, k_TKN, v_TKN, layout)
         case "torch_varlen":
@@ -57,24 +60,56 @@ def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torc
     Raises:
         AttentionBackendError: a named backend cannot run; the message says what it needs.
     """
-    flash_runs = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        if not flash_runs:
-            return "sdpa"
-        return "flash_attn" if _flash_attn_importable() else "torch_varlen"
-    if backend == "sdpa":
-        return backend
-    if backend == "flash_attn" and not _flash_attn_importable():
-        raise AttentionBackendError(
-            "attention_backend='flash_attn' needs the flash-attn package: pip install flash-attn, "
-            "or use attention_backend='auto'"
-        )
-    if not flash_runs:
-        raise AttentionBackendError(
-            f"attention_backend='{backend}' needs fp16 or bf16 on a CUDA device, got {dtype} on {device.type}: "
-            "use bf16 autocast on a GPU, or attention_backend='auto'"
-        )
+        return next(name for name in OBSTACLES if OBSTACLES[name](device, dtype) is None)
+    if problem := OBSTACLES[backend](device, dtype):
+        raise AttentionBackendError(f"attention_backend='{backend}' needs {problem}, or use attention_backend='auto'")
     return backend
+
+
+def _flash_attn_4_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _importable("flash_attn.cute"):
+        return "the flash-attn-4 package: pip install flash-attn-4"
+    if (problem := _torch_varlen_obstacle(device, dtype)) is not None:
+        return problem
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 9 else f"a Hopper or Blackwell GPU, got compute capability {major}.{minor}"
+
+
+def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _importable("flash_attn.flash_attn_interface"):
+        return "the flash-attn package: pip install flash-attn"
+    return _torch_varlen_obstacle(device, dtype)
+
+
+def _torch_varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return None
+    return f"fp16 or bf16 on a CUDA device, got {dtype} on {device.type}: use bf16 autocast on a GPU"
+
+
+# What keeps a backend from running, and the remedy; None where it runs. In the order of preference of `auto`.
+OBSTACLES: dict[AttentionBackend, Callable[[torch.device, torch.dtype], str | None]] = {
+    "flash_attn_4": _flash_attn_4_obstacle,
+    "flash_attn": _flash_attn_obstacle,
+    "torch_varlen": _torch_varlen_obstacle,
+    "sdpa": lambda device, dtype: None,
+}
+
+
+def _flash_attn_4(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    cu, longest = layout.cu_seqlens_D1, layout.max_seqlen
+    out_THN, _ = flash_attn_varlen_func(
+        *(q_THN, k_TKN, v_TKN),
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        causal=True,
+    )
+    return out_THN
 
 
 def _flash_attn(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
@@ -114,8 +149,13 @@ def _sdpa(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> 
     return torch.cat(outputs)
 
 
-def _flash_attn_importable() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+@functools.cache
+def _importable(module: str) -> bool:
+    """Whether there is such a module. Both flash-attn packages are called flash_attn, and either may be there alone."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not there
+        return False
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from dlcm.config import LlamaBaselineConfig
 
 @dataclass
 class LlamaBaselineOutput(ModelOutput):
-    """loss (equal to ce_loss) in nats if labels were given; logits (B, L, V)."""
+    """loss (equal to ce_loss) in nats if labels were given; logits (B, L, V), unless declined."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -47,16 +47,15 @@ class LlamaBaselineForCausalLM(PackedCausalLM):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
         return_dict: bool = True,
     ) -> LlamaBaselineOutput | tuple:
         """Arguments, losses and errors as in `DLCMForCausalLM.forward`."""
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
         h_TE = self.decoder(self.embed_tokens(input_ids_T), tokens)
-        logits_TV = self.unembed(self.decoder_norm(h_TE))
-        loss = None
-        if labels is not None:
-            loss = self.cross_entropy(logits_TV, rows.pack(labels), tokens, num_items_in_batch)
-        output = LlamaBaselineOutput(loss=loss, logits=rows.unpack(logits_TV), ce_loss=loss)
+        h_TE = self.decoder_norm(h_TE)
+        logits, loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits)
+        output = LlamaBaselineOutput(loss=loss, logits=logits, ce_loss=loss)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()

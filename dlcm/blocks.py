@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dlcm.attention import causal_attention
 from dlcm.config import DLCMConfig, TokenBlocksConfig
@@ -72,11 +72,11 @@ class HeadNorm(nn.RMSNorm):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query causal self-attention over packed documents."""
+    """Grouped-query causal self-attention over packed documents, in the parts before and after positions mix."""
 
     def __init__(self, shape: BlockShape):
         super().__init__()
-        self.shape = shape
+        self.head_dim = shape.head_dim
         self.q_proj = nn.Linear(shape.width, shape.width, bias=False)
         self.k_proj = nn.Linear(shape.width, shape.kv_width, bias=False)
         self.v_proj = nn.Linear(shape.width, shape.kv_width, bias=False)
@@ -84,14 +84,17 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(shape.head_dim, shape.config.rms_norm_eps) if shape.config.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(shape.head_dim, shape.config.rms_norm_eps) if shape.config.qk_norm else nn.Identity()
 
-    def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
-        q_THN = rearrange(self.q_proj(x_TW), "T (H N) -> T H N", N=self.shape.head_dim)
-        k_TKN = rearrange(self.k_proj(x_TW), "T (K N) -> T K N", N=self.shape.head_dim)
-        v_TKN = rearrange(self.v_proj(x_TW), "T (K N) -> T K N", N=self.shape.head_dim)
+    def heads(self, x_TW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, H, N), keys and values (T, K, N)."""
+        q_THN, k_TKN, v_TKN = (
+            project(x_TW).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q_THN = apply_rope(self.q_norm(q_THN), rope).to(v_TKN.dtype)
         k_TKN = apply_rope(self.k_norm(k_TKN), rope).to(v_TKN.dtype)
-        mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.shape.config.attention_backend)
-        return self.o_proj(rearrange(mixed_THN, "T H N -> T (H N)"))
+        return q_THN, k_TKN, v_TKN
+
+    def merge(self, mixed_THN: Tensor) -> Tensor:
+        return self.o_proj(mixed_THN.flatten(1))
 
 
 class SwiGLU(nn.Module):
@@ -108,22 +111,41 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU around a residual stream (T, W)."""
+    """Pre-norm attention and SwiGLU around a residual stream (T, W).
+
+    Attention over documents, whose number and lengths change every step, stands between two functions of shapes that
+    do not: these are what `dlcm.compilation` compiles.
+    """
 
     def __init__(self, shape: BlockShape):
         super().__init__()
+        self.backend = shape.config.attention_backend
         self.attention_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.attention = SelfAttention(shape)
         self.ffn_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.ffn = SwiGLU(shape)
 
     def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
-        x_TW = x_TW + self.attention(self.attention_norm(x_TW), rope, layout)
+        q_THN, k_TKN, v_TKN = self.before_attention(x_TW, rope)
+        return self.after_attention(x_TW, causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend))
+
+    def before_attention(self, x_TW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.heads(self.attention_norm(x_TW), rope)
+
+    def after_attention(self, x_TW: Tensor, mixed_THN: Tensor) -> Tensor:
+        x_TW = x_TW + self.attention.merge(mixed_THN)
         return x_TW + self.ffn(self.ffn_norm(x_TW))
 
 
 class TransformerStack(nn.Module):
-    """`num_layers` blocks over packed documents, causal; the residual stream goes in and comes out un-normed."""
+    """`num_layers` blocks over packed documents, causal; the residual stream goes in and comes out un-normed.
+
+    Attributes:
+        recompute: whether the backward pass runs each block once more, so that the forward pass need not keep what is
+            inside, only the residual stream between blocks.
+    """
+
+    recompute: bool = False
 
     def __init__(self, shape: BlockShape, num_layers: int):
         super().__init__()
@@ -133,5 +155,8 @@ class TransformerStack(nn.Module):
     def forward(self, x_TW: Tensor, layout: PackedLayout) -> Tensor:
         rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.config.rope_theta)
         for layer in self.layers:
-            x_TW = layer(x_TW, rope, layout)
+            if self.recompute:
+                x_TW = checkpoint(layer, x_TW, rope, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TW = layer(x_TW, rope, layout)
         return x_TW

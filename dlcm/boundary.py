@@ -55,8 +55,11 @@ class LearnedDetector(nn.Module):
         self.threshold = config.threshold
         self.sharpening = config.sharpening
 
+    def score(self, h_TE: Tensor, tokens: PackedLayout) -> Tensor:
+        return cosine_boundary_probability(self.q_proj(h_TE), self.k_proj(h_TE), tokens)
+
     def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
-        probability_T = cosine_boundary_probability(self.q_proj(h_TE), self.k_proj(h_TE), tokens)
+        probability_T = self.score(h_TE, tokens)
         if not self.training:
             return Boundaries(probability_T, probability_T >= self.threshold)
         with torch.no_grad():
@@ -72,8 +75,11 @@ class RuleDetector(nn.Module):
         super().__init__()
         self.threshold = config.threshold
 
+    def score(self, h_TE: Tensor, tokens: PackedLayout) -> Tensor:
+        return cosine_boundary_probability(h_TE, h_TE, tokens)
+
     def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
-        probability_T = cosine_boundary_probability(h_TE, h_TE, tokens)
+        probability_T = self.score(h_TE, tokens)
         return Boundaries(probability_T, probability_T >= self.threshold)
 
 

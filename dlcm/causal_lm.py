@@ -14,16 +14,20 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from dlcm import mup
 from dlcm.config import TokenBlocksConfig
 from dlcm.layout import PackedLayout, RowLayout
-
-IGNORED = -100  # label of positions without a target, as everywhere in transformers
+from dlcm.linear_cross_entropy import IGNORED, linear_cross_entropy
 
 
 class PackedCausalLM(PreTrainedModel, GenerationMixin):
-    """Base class: subclasses define `embed_tokens`, `lm_head` and what lies between."""
+    """Base class: subclasses define `embed_tokens`, `lm_head` and what lies between.
+
+    Attributes:
+        compiled: whether the loss without logits may use torch.compile.
+    """
 
     config: TokenBlocksConfig
     embed_tokens: nn.Embedding
     lm_head: nn.Linear
+    compiled: bool = False
 
     def initialize_weights(self) -> None:
         """Draws what no checkpoint has filled (hook of transformers; roles follow from the whole model's names)."""
@@ -66,23 +70,38 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin):
             )
         return input_ids_T, rows, layout
 
-    def unembed(self, h_TE: Tensor) -> Tensor:
-        """Logits (T, V), multiplied by 1 / s_token (section 6.1)."""
-        return self.lm_head(h_TE / self.config.token_width_multiplier)  # the small side of the product
+    def read_out(
+        self,
+        h_TE: Tensor,
+        labels_BL: Tensor | None,
+        rows: RowLayout,
+        layout: PackedLayout,
+        num_items: int | Tensor | None,
+        return_logits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, L, V) and next-token loss inside each document, in nats.
 
-    @staticmethod
-    def cross_entropy(
-        logits_TV: Tensor, labels_T: Tensor, layout: PackedLayout, num_items: int | Tensor | None
-    ) -> Tensor:
-        """Next-token loss inside each document, in nats: the sum over valid targets, divided by `num_items`.
+        Logits are multiplied by 1 / s_token (section 6.1). Without `return_logits` they are None, and the loss comes
+        from `linear_cross_entropy`, which never holds them all. The loss, None without labels, is the sum over valid
+        targets divided by `num_items`, or else by the number of valid targets, at least 1.
 
-        Without `num_items`, it is divided by the number of valid targets, at least 1.
+        Raises:
+            ValueError: neither logits nor labels.
         """
-        target_T = labels_T.roll(-1)
-        target_T[layout.cu_seqlens_D1[1:].long() - 1] = IGNORED  # the last token of a document predicts nothing
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        total = F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORED, reduction="sum")
-        return total / ((target_T != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+        if labels_BL is None and not return_logits:
+            raise ValueError("return_logits=False needs labels: without logits there is nothing but a loss")
+        h_TE = h_TE / self.config.token_width_multiplier  # the small side of the product
+        logits_TV = self.lm_head(h_TE) if return_logits else None
+        loss = None
+        if labels_BL is not None:
+            target_T = next_targets(rows.pack(labels_BL), layout)
+            if logits_TV is None:
+                total = linear_cross_entropy(h_TE, self.lm_head.weight, target_T, compiled=self.compiled)
+            else:
+                wide = torch.promote_types(logits_TV.dtype, torch.float32)
+                total = F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=IGNORED, reduction="sum")
+            loss = total / ((target_T != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+        return None if logits_TV is None else rows.unpack(logits_TV), loss
 
     def _prepare_cache_for_generation(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> bool:
         """Refuses a cache where transformers' `generate` would make one."""
@@ -93,3 +112,8 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor | None]:
         """Every step is a full forward over the whole prefix (hook of transformers' `generate`)."""
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+
+
+def next_targets(labels_T: Tensor, layout: PackedLayout) -> Tensor:
+    """The label that follows each position in its document, `IGNORED` for the last of them."""
+    return labels_T.roll(-1).index_fill(0, layout.cu_seqlens_D1[1:].long() - 1, IGNORED)

@@ -8,13 +8,13 @@ from dlcm.layout import ConceptLayout, PackedLayout
 
 
 def segment_mean(h_TE: Tensor, layout: ConceptLayout) -> Tensor:
-    """Mean of the states of each concept's tokens, (M, E), in fp32 or wider.
+    """Mean of the states of each concept's tokens, (M, E), in fp32 or wider; 0 for a concept of no token.
 
     A reduction over contiguous segments: no loop, no padding, no atomics. (Differences of a running sum would be
     simpler still, but carry every earlier document's rounding, and its infinities, into this one.)
     """
     h_TE = h_TE.float() if h_TE.dtype.itemsize < 4 else h_TE
-    return torch.segment_reduce(h_TE, "mean", lengths=layout.length_M, axis=0, unsafe=True)
+    return torch.segment_reduce(h_TE, "mean", lengths=layout.length_M, axis=0, unsafe=True, initial=0)
 
 
 class ConceptPooling(nn.Module):

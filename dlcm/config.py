@@ -19,7 +19,9 @@ Segmenter = Literal["learned", "rule", "fixed"]
 Visibility = Literal["closed", "inclusive"]
 Smoothing = Literal["adjacent", "none"]
 ParserScope = Literal["global", "sequence"]
-AttentionBackend = Literal["auto", "flash_attn", "torch_varlen", "sdpa"]
+AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen", "sdpa"]
+CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
+SlotWeighting = Literal["replication", "uniform"]
 
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -141,6 +143,8 @@ class DLCMConfig(TokenBlocksConfig):
     visibility: Visibility = "closed"  # which concepts a token sees, see ConceptLayout
     smoothing: Smoothing = "adjacent"  # of each concept with the one before, see concepts.py
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
+    cross_attention_backend: CrossAttentionBackend = "auto"  # see cross_attention.py
+    slot_weighting: SlotWeighting = "replication"  # a concept counts once per token (Eq. 17), or "uniform" (Eq. 14)
 
     aux_loss_weight: float = 0.03  # lambda
     parser_scope: ParserScope = "global"  # statistics of the ratio loss; "sequence" is the ablation
@@ -171,6 +175,11 @@ class DLCMConfig(TokenBlocksConfig):
         if self.target_ratio == 1 and self.segmenter != "fixed":
             raise ValueError(
                 f"target_ratio=1 needs segmenter='fixed': the ratio loss of '{self.segmenter}' divides by R - 1"
+            )
+        if self.slot_weighting == "uniform" and self.cross_attention_backend == "replicated":
+            raise ValueError(
+                "slot_weighting='uniform' needs another cross_attention_backend than 'replicated', which counts a "
+                "slot as often as it is replicated: use 'auto'"
             )
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1")

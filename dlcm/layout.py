@@ -6,6 +6,9 @@ concepts), and `ConceptLayout` says which tokens make up a concept and which con
 Causality lives in one function, `ConceptLayout.from_boundaries`: pooling, backbone, cross-attention and
 analysis read their geometry from it and never recompute it.
 
+Shapes: T is fixed by the batch. M changes every step; compiled code is spared most of that by rounding it up to a
+multiple of a bucket, with concepts that have no token and that no token sees.
+
 Legend: T tokens, D documents, M concepts of all documents, S = M + D slots (each document's concepts behind
 one null slot), B x L padded rows; D1 stands for D + 1.
 """
@@ -48,7 +51,8 @@ class PackedLayout:
         that is free, on the CPU.
 
         Raises:
-            ValueError: `cu_seqlens_D1` does not start at 0, increase strictly and end at `total`.
+            ValueError: `cu_seqlens_D1` does not start at 0, increase strictly and end at `total`, or a document is
+                longer than `max_seqlen`.
         """
         if cu_seqlens_D1.device.type == "cpu":
             lengths = cu_seqlens_D1.diff()
@@ -57,7 +61,10 @@ class PackedLayout:
                     f"cu_seqlens must start at 0, increase strictly (no empty document) and end at {total}, "
                     f"got {cu_seqlens_D1.tolist()}"
                 )
-            max_seqlen = int(lengths.max())
+            longest = int(lengths.max())
+            if max_seqlen is not None and max_seqlen < longest:
+                raise ValueError(f"max_seqlen={max_seqlen}, but a document has {longest} tokens: give their number")
+            max_seqlen = longest
         elif max_seqlen is None:
             max_seqlen = int(cu_seqlens_D1.diff().max())
         cu_seqlens_D1 = cu_seqlens_D1.to(device=device, dtype=torch.int32, non_blocking=True)
@@ -135,11 +142,15 @@ class ConceptLayout:
         inclusive  concept 0    1    1    2    2    2      a boundary ends its segment, and sees it
                    sees    c0   c0   c0-1 c0-1 c0-1 c0-2
 
+    The last document may end with padding: concepts of no token, after all others, so that causality alone keeps
+    them out of everything (see `from_boundaries`).
+
     Attributes:
-        tokens, concepts: the documents, measured in tokens and in concepts.
+        tokens, concepts: the documents, measured in tokens and in concepts, padding included.
+        num_concepts: how many of the M concepts are not padding, on the host.
         segment_T: index of the concept each token belongs to.
-        length_M: tokens in each concept.
-        last_M: index (in the packed row) of each concept's last token.
+        length_M: tokens in each concept; 0 for padding.
+        last_M: index (in the packed row) of each concept's last token; for padding, of the last token of all.
         cu_slots_D1: int32, where each document's slots begin.
         slot_M: slot of each concept. The slot of a document's "no concept yet" is `cu_slots_D1[d]`.
         slot_T: newest slot each token may see.
@@ -147,6 +158,7 @@ class ConceptLayout:
 
     tokens: PackedLayout
     concepts: PackedLayout
+    num_concepts: int
     segment_T: Tensor
     length_M: Tensor
     last_M: Tensor
@@ -155,17 +167,20 @@ class ConceptLayout:
     slot_T: Tensor
 
     @classmethod
-    def from_boundaries(cls, tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility) -> "ConceptLayout":
+    def from_boundaries(
+        cls, tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility, bucket: int = 1
+    ) -> "ConceptLayout":
         """The geometry that boundaries give (sections 3.3.2 and 3.5.2), made strictly causal.
 
         Args:
             tokens: the documents, T tokens.
             boundary_T: bool, b_t.
             visibility: see the table above.
+            bucket: M is rounded up to a multiple of it by padding. `concepts.max_seqlen` is then an upper bound.
 
         Everything a token may see is decided by boundaries at or before it: `closed`, a boundary at t says
-        that the segment before t ended; `inclusive`, that it ends with t. One host synchronisation (the number
-        of concepts, which shapes everything after it).
+        that the segment before t ended; `inclusive`, that it ends with t. One host synchronisation
+        (`shapes_on_host`).
         """
         after_T = boundary_T if visibility == "closed" else boundary_T.roll(1)  # a boundary lies just before t
         segment_T = (after_T | tokens.is_first_T).cumsum(0) - 1
@@ -173,9 +188,13 @@ class ConceptLayout:
         last_token_D = tokens.cu_seqlens_D1[1:].long() - 1
         ends_D = segment_T[last_token_D] + 1
         cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))
-        num_concepts, max_concepts = torch.stack([ends_D[-1], cu_concepts_D1.diff().max()]).tolist()  # the sync
+        num_concepts, max_concepts = shapes_on_host(ends_D[-1], cu_concepts_D1.diff().max())
+        padding = -num_concepts % bucket
+        cu_concepts_D1[-1] += padding
 
-        concepts = PackedLayout.from_cu_seqlens(cu_concepts_D1.to(torch.int32), num_concepts, max_concepts)
+        concepts = PackedLayout.from_cu_seqlens(
+            cu_concepts_D1.to(torch.int32), num_concepts + padding, max_concepts + padding
+        )
         length_M = torch.zeros_like(concepts.position_T).scatter_add_(0, segment_T, torch.ones_like(segment_T))
         cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
         slot_M = cu_slots_D1[concepts.document_T] + 1 + concepts.position_T
@@ -185,6 +204,7 @@ class ConceptLayout:
         return cls(
             tokens=tokens,
             concepts=concepts,
+            num_concepts=num_concepts,
             segment_T=segment_T,
             length_M=length_M,
             last_M=length_M.cumsum(0) - 1,
@@ -202,6 +222,15 @@ class ConceptLayout:
         """Position of each slot's last token in its document; 0 for the null slot."""
         position_M = self.tokens.position_T[self.last_M]
         return position_M.new_zeros(self.num_slots).index_copy(0, self.slot_M, position_M)
+
+
+def shapes_on_host(*sizes: Tensor) -> list[int]:
+    """Sizes that the device has computed, as integers.
+
+    Waits for the device: the one host synchronisation of a training step. Everything it shapes, M and what follows
+    from it, is known from here on.
+    """
+    return torch.stack(sizes).tolist()
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class DLCMOutput(ModelOutput):
 
     Attributes:
         loss: ce_loss + aux_loss_weight * aux_loss, if labels were given.
-        logits: (B, L, V).
+        logits: (B, L, V), unless declined.
         ce_loss: next-token cross-entropy in nats.
         aux_loss: ratio loss of the Global Parser (Eq. 10); zero for fixed boundaries.
         boundary_probs: (B, L), p_t.
@@ -58,6 +58,7 @@ class DLCMForCausalLM(PackedCausalLM):
 
     config_class = DLCMConfig
     config: DLCMConfig
+    concept_bucket: int = 1  # M is rounded up to a multiple; for compiled code (see `dlcm.compilation`)
 
     def __init__(self, config: DLCMConfig):
         super().__init__(config)
@@ -85,6 +86,7 @@ class DLCMForCausalLM(PackedCausalLM):
         num_items_in_batch: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         parser_total: ParserStatistics | None = None,
+        return_logits: bool = True,
         return_dict: bool = True,
     ) -> DLCMOutput | tuple:
         """Runs the four stages.
@@ -100,42 +102,44 @@ class DLCMForCausalLM(PackedCausalLM):
             generator: source of the training-time boundary draws; None is torch's default generator.
             parser_total: boundary statistics of the global batch (see `boundary_statistics`), needed where it
                 consists of several micro-batches. None: this batch, summed over ranks while training.
+            return_logits: False leaves logits out and the loss never holds more than a chunk of them; needs labels.
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: inputs that do not fit together (see `open_rows`).
+            ValueError: inputs that do not fit together (see `open_rows`), or neither logits nor labels.
             AttentionBackendError: the configured attention backend cannot run here.
         """
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
 
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
         decided: Boundaries = self.detector(h_TE, tokens, generator)
-        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, self.config.visibility)
+        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, self.config.visibility, self.concept_bucket)
 
         c_MC = self.pooling(h_TE, layout)
-        z_MC = self.backbone_norm(self.backbone(c_MC, layout.concepts))
+        z_MC = self.smooth(self.backbone(c_MC, layout.concepts), layout.concepts)
 
-        h_TE = self.cross_attention(h_TE, self.smoothing(z_MC, layout.concepts), layout)
-        logits_TV = self.unembed(self.decoder_norm(self.decoder(h_TE, tokens)))
+        h_TE = self.cross_attention(h_TE, z_MC, layout)
+        h_TE = self.decoder_norm(self.decoder(h_TE, tokens))
+        logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits)
 
         statistics = ParserStatistics.of(decided, tokens)
         aux_loss = self._aux_loss(decided, tokens, statistics, parser_total, averaged=num_items_in_batch is None)
-        loss = ce_loss = None
-        if labels is not None:
-            ce_loss = self.cross_entropy(logits_TV, rows.pack(labels), tokens, num_items_in_batch)
-            loss = ce_loss + self.config.aux_loss_weight * aux_loss
         output = DLCMOutput(
-            loss=loss,
-            logits=rows.unpack(logits_TV),
+            loss=None if ce_loss is None else ce_loss + self.config.aux_loss_weight * aux_loss,
+            logits=logits,
             ce_loss=ce_loss,
             aux_loss=aux_loss,
             boundary_probs=rows.unpack(decided.probability_T),
             boundaries=rows.unpack(decided.boundary_T),
-            concept_lengths=layout.length_M,
-            cu_concepts=layout.concepts.cu_seqlens_D1,
+            concept_lengths=layout.length_M[: layout.num_concepts],
+            cu_concepts=layout.concepts.cu_seqlens_D1.clamp(max=layout.num_concepts),
             parser_statistics=statistics,
         )
         return output if return_dict else output.to_tuple()
+
+    def smooth(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+        """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""
+        return self.smoothing(self.backbone_norm(z_MC), concepts)
 
     @torch.no_grad()
     def boundary_statistics(

@@ -4,6 +4,7 @@ Helpers are plain functions, imported as `from tests.conftest import tiny_dlcm`;
 examples in every run.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,9 @@ from typing import Any, Literal
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; triton reads it when it is imported
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
 from dlcm.causal_lm import IGNORED, PackedCausalLM

@@ -1,6 +1,5 @@
 """Attention over packed documents: each backend against the softmax written out, and the choice between them."""
 
-import importlib.machinery
 import inspect
 import sys
 import types
@@ -78,58 +77,75 @@ def test_auto_runs_the_reference_on_cpu():
 
 
 @pytest.fixture
-def without_flash_attn(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dlcm.attention, "_flash_attn_importable", lambda: False)
+def importable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The modules that seem to be installed."""
+    names: set[str] = set()
+    monkeypatch.setattr(dlcm.attention, "_importable", names.__contains__)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return names
 
 
-@pytest.fixture
-def with_flash_attn(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """An importable stand-in for the flash-attn package."""
-    module = types.ModuleType("flash_attn")
-    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", loader=None)
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return module
+FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute"
+PACKAGES = {"flash_attn": FA2, "flash_attn_4": FA4}
 
 
-def test_auto_without_flash_attn(without_flash_attn):
+@pytest.mark.parametrize(
+    ("installed", "taken"),
+    [([], "torch_varlen"), ([FA2], "flash_attn"), ([FA4], "flash_attn_4"), ([FA2, FA4], "flash_attn_4")],
+)
+def test_auto(installed: list[str], taken: str, importable: set[str]):
+    importable.update(installed)
     assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
     assert resolve_backend("auto", CUDA, torch.float32) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.bfloat16) == taken
+    assert resolve_backend("auto", CUDA, torch.float16) == taken
+
+
+def test_auto_leaves_flash_attn_4_to_gpus_that_have_it(importable: set[str], monkeypatch: pytest.MonkeyPatch):
+    importable.add(FA4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert resolve_backend("auto", CUDA, torch.bfloat16) == "torch_varlen"
-    assert resolve_backend("auto", CUDA, torch.float16) == "torch_varlen"
+    with pytest.raises(AttentionBackendError, match=r"Hopper or Blackwell GPU, got compute capability 8\.6"):
+        resolve_backend("flash_attn_4", CUDA, torch.bfloat16)
 
 
-def test_auto_with_flash_attn(with_flash_attn):
-    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
-    assert resolve_backend("auto", CUDA, torch.float32) == "sdpa"
-    assert resolve_backend("auto", CUDA, torch.bfloat16) == "flash_attn"
-
-
-@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "sdpa"])
-def test_a_named_backend_that_can_run_is_taken(backend: str, with_flash_attn):
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen", "sdpa"])
+def test_a_named_backend_that_can_run_is_taken(backend: str, importable: set[str]):
+    importable.update(PACKAGES.values())
     assert resolve_backend(backend, CUDA, torch.bfloat16) == backend
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float64)])
-@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen"])
-def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype, with_flash_attn):
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen"])
+def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype, importable: set[str]):
+    importable.update(PACKAGES.values())
     with pytest.raises(AttentionBackendError, match=f"'{backend}' needs fp16 or bf16 on a CUDA device") as error:
         resolve_backend(backend, device, dtype)
     assert str(dtype) in str(error.value) and device.type in str(error.value)
     assert "attention_backend='auto'" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_flash_attn_that_is_not_installed_is_an_error(without_flash_attn):
-    with pytest.raises(AttentionBackendError, match="pip install flash-attn"):
-        resolve_backend("flash_attn", CUDA, torch.bfloat16)
+@pytest.mark.parametrize(("backend", "package"), [("flash_attn", "flash-attn"), ("flash_attn_4", "flash-attn-4")])
+def test_a_package_that_is_not_installed_is_an_error(backend: str, package: str, importable: set[str]):
+    importable.update(set(PACKAGES.values()) - {PACKAGES[backend]})  # the other one's does not help
+    with pytest.raises(AttentionBackendError, match=f"pip install {package},"):
+        resolve_backend(backend, CUDA, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen"])
-def test_no_silent_fallback(backend: str, with_flash_attn):
+def test_importable_looks_for_the_module_itself():
+    dlcm.attention._importable.cache_clear()
+    assert dlcm.attention._importable("torch.nn")
+    assert not dlcm.attention._importable("torch.no_such_module")
+    assert not dlcm.attention._importable("no_such_package.module")
+
+
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen"])
+def test_no_silent_fallback(backend: str):
     with pytest.raises(AttentionBackendError):
         causal_attention(*random_qkv(3, 2, 2, 4, seed=0), packed([3]), backend)
 
 
-# The two FlashAttention backends, through stand-ins that compute naively and check what they are given
+# The three FlashAttention backends, through stand-ins that compute naively and check what they are given
 
 
 def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -137,6 +153,13 @@ def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int) -> Tensor:
     assert isinstance(longest, int) and longest == cu_seqlens.diff().max()
     document_T = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
     return naive_attention(q, k, v, document_T)
+
+
+def stand_in(name: str, function, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An importable module `name`, and its parents, with `flash_attn_varlen_func`."""
+    for parent in ("flash_attn", name):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    sys.modules[name].flash_attn_varlen_func = function
 
 
 def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
@@ -150,7 +173,7 @@ def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_flash_attn_interface(heads: int, kv_heads: int, with_flash_attn, monkeypatch: pytest.MonkeyPatch):
+def test_flash_attn_interface(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
     def flash_attn_varlen_func(
         q,
         k,
@@ -168,8 +191,18 @@ def test_flash_attn_interface(heads: int, kv_heads: int, with_flash_attn, monkey
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
         return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q)
 
-    with_flash_attn.flash_attn_varlen_func = flash_attn_varlen_func
+    stand_in("flash_attn", flash_attn_varlen_func, monkeypatch)
     assert_equals_sdpa("flash_attn", monkeypatch, heads, kv_heads)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_flash_attn_4_interface(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q), None
+
+    stand_in("flash_attn.cute", flash_attn_varlen_func, monkeypatch)
+    assert_equals_sdpa("flash_attn_4", monkeypatch, heads, kv_heads)
 
 
 @pytest.fixture

@@ -79,13 +79,22 @@ def test_a_value_of_the_wrong_kind(build, key: str, value: Any):
         ("visibility", ["closed", "inclusive"]),
         ("smoothing", ["adjacent", "none"]),
         ("parser_scope", ["global", "sequence"]),
-        ("attention_backend", ["auto", "flash_attn", "torch_varlen", "sdpa"]),
+        ("attention_backend", ["auto", "flash_attn_4", "flash_attn", "torch_varlen", "sdpa"]),
+        ("cross_attention_backend", ["auto", "ragged", "replicated", "masked"]),
+        ("slot_weighting", ["replication", "uniform"]),
     ],
 )
 def test_a_choice_that_does_not_exist(key: str, choices: list[str]):
     rejected(tiny_config, key, "sometimes", *choices, **{key: "sometimes"})
     for choice in choices:
         assert getattr(tiny_config(**{key: choice}), key) == choice
+
+
+def test_replication_cannot_weigh_concepts_uniformly():
+    rejected(
+        tiny_config, "slot_weighting", "replicated", "'auto'",
+        slot_weighting="uniform", cross_attention_backend="replicated",
+    )  # fmt: skip
 
 
 def test_whole_numbers_serve_where_a_fraction_would():

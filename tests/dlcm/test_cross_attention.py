@@ -32,9 +32,19 @@ def log_counts(layout: ConceptLayout) -> Tensor:
     return bias_TS
 
 
-def dense_attention(q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: ConceptLayout) -> Tensor:
+def prefix_bias(layout: ConceptLayout) -> Tensor:
+    """(T, S): 0 on the slots of t's document up to t's newest."""
+    slot_S = torch.arange(layout.num_slots)
+    first_T = layout.cu_slots_D1[layout.tokens.document_T]
+    sees_TS = (slot_S >= first_T[:, None]) & (slot_S <= layout.slot_T[:, None])
+    return torch.zeros(sees_TS.shape, dtype=torch.float64).masked_fill(~sees_TS, -math.inf)
+
+
+def dense_attention(
+    q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: ConceptLayout, weighting: str = "replication"
+) -> Tensor:
     group = q_THN.shape[1] // k_SKN.shape[1]
-    bias_TS = log_counts(layout)
+    bias_TS = log_counts(layout) if weighting == "replication" else prefix_bias(layout)
     outputs = []
     for head in range(q_THN.shape[1]):
         scores_TS = q_THN[:, head] @ k_SKN[:, head // group].T / q_THN.shape[2] ** 0.5

@@ -6,7 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.cross_attention import CrossAttention
 from dlcm.flops import forward_flops
+from dlcm.layout import ConceptLayout, PackedLayout
 
 TOKENS = dict(vocab_size=160, d_token=64, token_heads=4, token_kv_heads=2, token_ffn=96)
 LENGTH, DOCUMENTS = 64, 3
@@ -15,15 +17,23 @@ LENGTH, DOCUMENTS = 64, 3
 def counted(model: torch.nn.Module) -> dict[str, float]:
     """FLOPs per token of each stage as torch counts them, causal attention at half like ours.
 
-    The naive attention path makes its products visible, as the only batched ones.
+    The naive attention path makes its products visible, as the only batched ones. Cross-attention's depend on how it
+    is implemented: in their place stand the pairs of token and visible slot that the function needs.
     """
     ids = torch.randint(160, (DOCUMENTS, LENGTH))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(ids)
+        output = model.eval()(ids)
     stages = {}
     for name, operations in counter.get_flop_counts().items():
-        total = sum(flops / (2 if "bmm" in str(op) else 1) for op, flops in operations.items())
-        stages[name.rpartition(".")[2]] = total / ids.numel()
+        products, batched = (
+            sum(flops for op, flops in operations.items() if ("bmm" in str(op)) == is_batched)
+            for is_batched in (False, True)
+        )
+        if name.endswith("cross_attention"):
+            # closed visibility: the null slot, and every segment before the token's own
+            pairs = output.boundaries.cumsum(1).sum().item()
+            batched = 2 * (2 * 2 * model.config.d_token * pairs)  # exact, so not halved
+        stages[name.rpartition(".")[2]] = (products + batched / 2) / ids.numel()
     return stages
 
 
@@ -42,6 +52,21 @@ def test_dlcm_stages_match_the_counter(segmenter):
     for stage, flops in expected.items():
         # the rest of 2 % is the null slot of each document, which the formula leaves out
         assert actual.get("lm_head" if stage == "head" else stage, 0) == pytest.approx(flops, rel=0.02), stage
+
+
+def test_cross_attention_is_the_same_function_whatever_runs_it():
+    """The dense twin over slots, T x S products where replication has T x T: half of them are the formula's."""
+    config = DLCMConfig(**TOKENS, segmenter="fixed", target_ratio=4.0, cross_attention_backend="masked")
+    attention = CrossAttention(config)
+    documents = PackedLayout.from_cu_seqlens(torch.tensor([0, 1024]), 1024)  # long: the null slot counts for little
+    layout = ConceptLayout.from_boundaries(documents, torch.arange(1024) % 4 == 0, "closed")
+    h_TE, z_MC = torch.zeros(1024, config.d_token), torch.zeros(layout.concepts.total, config.d_concept)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        attention(h_TE, z_MC, layout)
+    batched = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
+    projections = counter.get_total_flops() - batched
+    expected = forward_flops(config, 1024, 4).stages["cross_attention"]
+    assert (projections + batched / 2) / 1024 == pytest.approx(expected, rel=0.01)
 
 
 def test_baseline_matches_the_counter():

@@ -131,6 +131,40 @@ def test_a_visible_concept_has_ended(visibility: str):
     check()
 
 
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_a_bucket_adds_concepts_that_are_empty_and_unseen(visibility: str):
+    """At the end of the last document; nothing else of the geometry changes."""
+    paddings = set()
+
+    @settings(max_examples=100)
+    @given(ragged(), st.sampled_from([2, 3, 8, 50]))
+    def check(case: tuple[list[int], list[bool]], bucket: int):
+        lengths, boundaries = case
+        plain = ConceptLayout.from_boundaries(packed(lengths), torch.tensor(boundaries), visibility)
+        layout = ConceptLayout.from_boundaries(packed(lengths), torch.tensor(boundaries), visibility, bucket)
+        real, total, last = plain.num_concepts, layout.concepts.total, len(lengths) - 1
+        paddings.add(total - real)
+
+        assert real == layout.num_concepts == plain.concepts.total
+        assert total % bucket == 0 and real <= total < real + bucket
+        assert layout.length_M.tolist() == plain.length_M.tolist() + [0] * (total - real)
+        assert layout.last_M.tolist() == plain.last_M.tolist() + [sum(lengths) - 1] * (total - real)
+        assert layout.concepts.document_T.tolist() == plain.concepts.document_T.tolist() + [last] * (total - real)
+        assert layout.concepts.cu_seqlens_D1.tolist() == [*plain.concepts.cu_seqlens_D1.tolist()[:-1], total]
+        counts_D = layout.concepts.cu_seqlens_D1.diff()
+        assert layout.concepts.position_T.tolist() == [i for count in counts_D.tolist() for i in range(count)]
+        assert layout.concepts.max_seqlen >= counts_D.max()
+
+        assert torch.equal(layout.segment_T, plain.segment_T)
+        assert torch.equal(layout.slot_T, plain.slot_T)  # so padding, behind all other slots, is not seen
+        assert torch.equal(layout.slot_M[:real], plain.slot_M)
+        assert layout.slot_M[real:].tolist() == list(range(plain.num_slots, layout.num_slots))
+        assert torch.equal(layout.slot_position_S[: plain.num_slots], plain.slot_position_S)
+
+    check()
+    assert {0, 1, 2} < paddings
+
+
 @settings(max_examples=100)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_packed_layout_counts_positions_and_documents(lengths: list[int]):
@@ -152,6 +186,11 @@ def test_packed_layout_rejects(cu_seqlens: list[int]):
         PackedLayout.from_cu_seqlens(torch.tensor(cu_seqlens, dtype=torch.int32), 6)
     assert str(cu_seqlens) in str(error.value) and "6" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_packed_layout_rejects_documents_longer_than_it_was_told():
+    with pytest.raises(ValueError, match="max_seqlen=3, but a document has 4 tokens"):
+        PackedLayout.from_cu_seqlens(torch.tensor([0, 4, 6]), 6, max_seqlen=3)
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """The two models as `transformers` citizens: saving, outputs, losses, generation, numerics, learning."""
 
+import functools
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.linear_cross_entropy import linear_cross_entropy
 from dlcm.mup import parameter_groups
 from tests.conftest import (
     VOCABULARY,
@@ -181,10 +183,59 @@ def test_loss_by_hand(build, arrangement: str):
     assert torch.equal(counted.ce_loss, shared.ce_loss)
 
 
+@pytest.mark.parametrize("return_logits", [True, False])
 @pytest.mark.parametrize("build", BUILDERS)
-def test_no_target_at_all_is_no_loss(build):
-    output = build()(torch.arange(6)[None], labels=torch.full((1, 6), -100))
+def test_no_target_at_all_is_no_loss(build, return_logits: bool):
+    output = build()(torch.arange(6)[None], labels=torch.full((1, 6), -100), return_logits=return_logits)
     assert output.ce_loss == 0
+
+
+@pytest.mark.parametrize("num_items", [None, 100, torch.tensor(100)], ids=str)
+@pytest.mark.parametrize("arrangement", ["packed", "left_padded", "right_padded"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_without_logits_loss_and_gradients_are_the_same(
+    build, arrangement: str, num_items: int | Tensor | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Over several chunks, at a token width other than muP's base."""
+    chunked = functools.partial(linear_cross_entropy, chunk_tokens=5)
+    monkeypatch.setattr("dlcm.causal_lm.linear_cross_entropy", chunked)
+    batch, model = arrange(random_documents([6, 1, 9], seed=4), arrangement), build(4)
+    labels = batch.labels.clone()
+    labels[0, -2] = -100
+    assert model.config.token_width_multiplier == 2
+    results = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        inputs = {**batch.inputs, "labels": labels, "num_items_in_batch": num_items, "return_logits": return_logits}
+        output = model(**inputs)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output.loss.detach(), output.ce_loss.detach(), gradients))
+    assert output.logits is None and "logits" not in output
+    assert model.lm_head.weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_neither_logits_nor_labels_is_refused(build):
+    with pytest.raises(ValueError, match="return_logits=False needs labels"):
+        build()(torch.arange(6)[None], return_logits=False)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_without_logits_the_head_is_not_called_and_compiled_is_passed_on(build, monkeypatch: pytest.MonkeyPatch):
+    compiled = []
+
+    def spy(*arguments: Tensor, **options: bool) -> Tensor:
+        compiled.append(options["compiled"])
+        return linear_cross_entropy(*arguments)
+
+    monkeypatch.setattr("dlcm.causal_lm.linear_cross_entropy", spy)
+    model, ids_BL = build(), torch.arange(6)[None]
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: pytest.fail("logits of every token"))
+    for model.compiled in (False, True):
+        model(ids_BL, labels=ids_BL, return_logits=False)
+    assert compiled == [False, True]
 
 
 @pytest.mark.parametrize("build", BUILDERS)

@@ -1,0 +1,109 @@
+"""torch.compile for training, region by region: what does not change from step to step stands inside, the rest outside.
+
+    T, tokens of a batch               fixed
+    M, concepts, and S, their slots    dynamic; M is a multiple of `CONCEPT_BUCKET`
+    documents, how many and how long   not seen: attention stands between two regions
+
+So nothing is compiled anew once each kind of step has been seen: with gradients, without, and without on the shorter
+last batch of an evaluation. And all blocks of a kind share their code: three are compiled, not 32.
+"""
+
+import functools
+import os
+import shutil
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dlcm.blocks import TransformerStack
+from dlcm.boundary import FixedDetector
+from dlcm.causal_lm import PackedCausalLM
+from dlcm.layout import PackedLayout
+from dlcm.model import DLCMForCausalLM
+
+CONCEPT_BUCKET = 256  # two tiles of a matrix product: no more than the last of them is padding
+
+
+class CompilationError(RuntimeError):
+    """torch.compile cannot work here; the message says what it needs."""
+
+
+def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
+    """Compiles, in place: blocks and cross-attention around attention itself, the detector's scores, smoothing.
+
+    Parameters keep their names, and blocks stay modules that may be wrapped or sharded. Compilation itself happens in
+    the first steps. Meant for batches of one T, or a few: each is compiled once, and torch allows eight. Sets
+    `torch._dynamo.config.optimize_ddp` to False, for the whole process.
+
+    Args:
+        model: on the device where it is to run.
+        backend: of torch.compile.
+
+    Raises:
+        CompilationError: no compiler for the model's device.
+    """
+    if backend == "inductor":
+        check_compiler(model.device)
+    # Gradients reach DistributedDataParallel region by region anyway, and dynamic shapes cannot be cut at its buckets.
+    torch._dynamo.config.optimize_ddp = False
+
+    @functools.cache
+    def compiled(method: Callable, varying_rows: bool) -> Callable:
+        function = torch.compile(_with_own_code(method), backend=backend, fullgraph=True, dynamic=False)
+        return _with_varying_rows(function) if varying_rows else function
+
+    def compile_(module: nn.Module, name: str, varying_rows: bool = False) -> None:
+        method = compiled(getattr(type(module), name), varying_rows)
+        setattr(module, name, types.MethodType(method, module))  # a method, so that a copy of the module has its own
+
+    for name, stack in model.named_children():
+        if isinstance(stack, TransformerStack):
+            for block in stack.layers:
+                compile_(block, "before_attention", varying_rows=name == "backbone")
+                compile_(block, "after_attention", varying_rows=name == "backbone")
+    if isinstance(model, DLCMForCausalLM):
+        if not isinstance(model.detector, FixedDetector):
+            compile_(model.detector, "score")
+        compile_(model, "smooth", varying_rows=True)
+        compile_(model.cross_attention, "queries")
+        compile_(model.cross_attention, "keys_and_values", varying_rows=True)
+        compile_(model.cross_attention, "after_attention")
+        model.concept_bucket = CONCEPT_BUCKET
+    model.compiled = True
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises CompilationError where torch.compile would find no C++ compiler for code on the CPU."""
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise CompilationError(
+            f"torch.compile needs a C++ compiler for a model on the CPU and found none ({', '.join(compilers)}): "
+            "install one, name it in CXX, or train without compile"
+        )
+
+
+def _with_own_code(function: Callable) -> Callable:
+    """The same function with a code object of its own.
+
+    torch.compile keeps what it compiled by code object, and gives up after eight versions of it. Token blocks, concept
+    blocks and other models of this process run the same lines, but are not versions of each other.
+    """
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _with_varying_rows(compiled: Callable) -> Callable:
+    """The first dimension of every input is dynamic from the first call on, and no other ever is."""
+
+    def call(module: nn.Module, *inputs: Any) -> Any:
+        for leaf in tree_leaves(inputs):
+            rows = leaf.position_T if isinstance(leaf, PackedLayout) else leaf
+            if rows is not None:
+                torch._dynamo.mark_dynamic(rows, 0)
+        return compiled(module, *inputs)
+
+    return call

@@ -1,0 +1,294 @@
+"""A step without waste: padding changes no number, code is compiled once and equals eager, the host waits once."""
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import dlcm.attention
+import dlcm.compilation
+from dlcm import DLCMForCausalLM
+from dlcm.blocks import TransformerStack
+from dlcm.causal_lm import PackedCausalLM
+from dlcm.compilation import CompilationError, compile_blocks_
+from dlcm.concepts import AdjacentSmoothing
+from dlcm.layout import PackedLayout
+from tests.conftest import arrange, random_documents, tiny_baseline, tiny_dlcm
+from tests.waits import counting_waits, masked_sdpa
+
+BUILDERS: list[Callable[..., PackedCausalLM]] = [tiny_dlcm, tiny_baseline]
+# What the dlcm's boundaries can be like: p lies in [0, 1], so a threshold beyond it means all, or first tokens alone.
+THRESHOLDS = {"ragged": 0.5, "one concept": 2.0, "all boundary": -1.0}
+
+
+@pytest.fixture(autouse=True)
+def small_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dlcm.compilation, "CONCEPT_BUCKET", 8)
+    yield
+    torch._dynamo.reset()
+
+
+def forward(model: PackedCausalLM, documents: Sequence[Tensor], **options: Any) -> Any:
+    """One packed forward pass; its draws are always the same."""
+    batch = arrange(documents, "packed")
+    if isinstance(model, DLCMForCausalLM):
+        options["generator"] = torch.Generator().manual_seed(0)
+    return model(**batch.inputs, labels=batch.labels, **options)
+
+
+def gradients(model: PackedCausalLM, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+
+def assert_same(one: PackedCausalLM, other: PackedCausalLM, documents: Sequence[Tensor], **tolerance: float) -> None:
+    """Logits, losses and gradients."""
+    ours, theirs = forward(one, documents), forward(other, documents)
+    torch.testing.assert_close(ours.logits, theirs.logits, **tolerance)
+    torch.testing.assert_close(ours.loss, theirs.loss, **tolerance)
+    if "concept_lengths" in ours:
+        assert torch.equal(ours.concept_lengths, theirs.concept_lengths)
+        assert torch.equal(ours.cu_concepts, theirs.cu_concepts)
+    torch.testing.assert_close(gradients(one, ours.loss), gradients(other, theirs.loss), **tolerance)
+
+
+# Buckets
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+@pytest.mark.parametrize("boundaries", list(THRESHOLDS))
+def test_a_bucket_changes_no_number(boundaries: str, visibility: str, training: bool):
+    """Whatever its size; `rule` decides by the threshold in training too."""
+    segmenter = "learned" if boundaries == "ragged" else "rule"
+    plain = tiny_dlcm(segmenter=segmenter, visibility=visibility).train(training)
+    plain.detector.threshold = THRESHOLDS[boundaries]
+    bucketed = copy.deepcopy(plain)
+
+    @settings(max_examples=8)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.sampled_from([2, 5, 64]), st.integers(0, 99))
+    def check(lengths: list[int], bucket: int, seed: int):
+        bucketed.concept_bucket = bucket
+        assert_same(plain, bucketed, random_documents(lengths, seed), rtol=1e-9, atol=1e-11)
+
+    check()
+
+
+# Compiled against eager
+
+
+def compiled_copy(model: PackedCausalLM, backend: str = "aot_eager") -> PackedCausalLM:
+    """`aot_eager` traces, differentiates and guards as `inductor` does, and needs no compiler."""
+    model = copy.deepcopy(model)
+    compile_blocks_(model, backend)
+    return model
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_compiled_equals_eager(build: Callable[..., PackedCausalLM]):
+    model = build(qk_norm=True)
+    compiled = compiled_copy(model)
+    for lengths, training in (([9, 7, 1, 3], True), ([20], False), ([5, 15], True)):
+        documents = random_documents(lengths, 0)
+        assert_same(model.train(training), compiled.train(training), documents, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        logits = [forward(either, random_documents([9, 7, 4], 1)).logits for either in (model, compiled)]
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("segmenter", ["rule", "fixed"])
+def test_other_parts_compile(segmenter: str):
+    model = tiny_dlcm(segmenter=segmenter, smoothing="none", cross_attention_rope=False)
+    assert_same(model, compiled_copy(model), random_documents([9, 7], 0), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_under_bf16_autocast_is_as_exact_as_eager():
+    """Fewer roundings between operations: what is compiled is no further from float64 than what is not."""
+    exact = tiny_baseline()
+    eager = copy.deepcopy(exact).float()
+    compiled = compiled_copy(eager, "inductor")
+
+    def error(model: PackedCausalLM, documents: list[Tensor]) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(model, documents).loss
+        ours, truth = gradients(model, loss), gradients(exact, forward(exact, documents).loss)
+        squares = [((ours[name].double() - truth[name]).square().sum(), truth[name].square().sum()) for name in truth]
+        return float(sum(wrong for wrong, _ in squares) / sum(right for _, right in squares)) ** 0.5
+
+    documents = random_documents([30, 10], 0)
+    assert error(compiled, documents) <= 1.25 * error(eager, documents) < 0.25
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_compiling_in_place_leaves_names_and_copies_alone(build: Callable[..., PackedCausalLM]):
+    model, documents = build(), random_documents([9, 7], 0)
+    before = list(model.state_dict())
+    compile_blocks_(model, "aot_eager")
+    assert list(model.state_dict()) == before and model.compiled
+    changed = copy.deepcopy(model)
+    logits = forward(changed, documents).logits
+    for parameter in changed.decoder.layers[0].ffn.parameters():
+        parameter.data.zero_()
+    assert not torch.equal(forward(changed, documents).logits, logits)
+    assert torch.equal(forward(model, documents).logits, logits)
+
+
+def test_the_buckets_of_data_parallel_do_not_cut_regions():
+    """Each parameter is larger than a bucket here, as those of large models are."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain, compiled = tiny_dlcm(), compiled_copy(tiny_dlcm())
+        parallel = DistributedDataParallel(compiled, bucket_cap_mb=0.0001)
+        for lengths in ([9, 7], [1] * 16):
+            batch = arrange(random_documents(lengths, 0), "packed")
+            for model in (plain, parallel):
+                model(**batch.inputs, labels=batch.labels).loss.backward()
+        for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(CompilationError, match=r"found none \(g\+\+, clang\+\+\): install one") as error:
+        compile_blocks_(tiny_baseline())
+    assert "\n" not in str(error.value)
+
+
+# No recompilation
+
+TOKENS = 48
+
+
+def random_lengths(seed: int) -> list[int]:
+    """Of 1 to 12 documents of `TOKENS` tokens in all."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randperm(TOKENS - 1, generator=generator)[: seed % 12] + 1
+    return torch.tensor([0, *cuts.sort().values.tolist(), TOKENS]).diff().tolist()
+
+
+def every_kind_of_step(model: PackedCausalLM, documents: Sequence[Tensor]) -> Any:
+    """A training step, the count of boundaries before it, and an evaluation."""
+    batch = arrange(documents, "packed")
+    if isinstance(model, DLCMForCausalLM):
+        model.train().boundary_statistics(**batch.inputs, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        forward(model.eval(), documents)
+    output = forward(model.train(), documents)
+    output.loss.backward()
+    return output
+
+
+def stacks(model: PackedCausalLM) -> list[TransformerStack]:
+    return [module for module in model.modules() if isinstance(module, TransformerStack)]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("build", [functools.partial(tiny_dlcm, d_concept=TOKENS), tiny_baseline])
+def test_nothing_is_compiled_after_the_first_step(build: Callable[..., PackedCausalLM], recompute: bool):
+    """Though concepts, documents and the longest of them change every time.
+
+    The first is a trap: there, T, M and the width of concepts are one number, and must not be taken for one thing.
+    """
+    model = build()
+    for stack in stacks(model):
+        stack.recompute = recompute
+    compile_blocks_(model, "aot_eager")
+    every_kind_of_step(model, random_documents([1] * TOKENS, 0))
+    concepts, documents = set(), set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(25):
+            lengths = random_lengths(seed)
+            output = every_kind_of_step(model, random_documents(lengths, seed))
+            documents.add(len(lengths))
+            if isinstance(model, DLCMForCausalLM):
+                concepts.add(-(-len(output.concept_lengths) // model.concept_bucket))
+        assert len(documents) == 12 and (len(concepts) > 2 or not isinstance(model, DLCMForCausalLM))
+        with pytest.raises(torch._dynamo.exc.RecompileError):  # another T: the test can fail
+            every_kind_of_step(model, random_documents([TOKENS - 1], 0))
+
+
+def test_stacks_and_models_do_not_share_versions():
+    """Of which torch allows eight for one piece of code: here, one."""
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for build in (tiny_dlcm, tiny_baseline):
+            forward(compiled_copy(build()), random_documents([9, 7], 0))
+
+
+# Recomputed activations
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_recomputing_blocks_gives_the_same_gradients_from_fewer_bytes(
+    build: Callable[..., PackedCausalLM], compiled: bool
+):
+    model, documents = build().train(), random_documents([9, 7, 20], 0)
+    if compiled:
+        compile_blocks_(model, "aot_eager")
+    results = []
+    for recompute in (False, True):
+        for stack in stacks(model):
+            stack.recompute = recompute
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = forward(model, documents).loss
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        results.append((sum(kept.values()), gradients(model, loss)))
+    (all_bytes, gradients_kept), (few_bytes, gradients_recomputed) = results
+    torch.testing.assert_close(gradients_kept, gradients_recomputed, rtol=1e-12, atol=0)
+    assert few_bytes < 0.5 * all_bytes
+
+
+# One wait
+
+
+def waits_of_a_step(model: PackedCausalLM, **options: Any) -> dict[str, int]:
+    """Of forward and backward, but for the check of cu_seqlens, which lies on the CPU whatever the model does."""
+    with counting_waits() as places:
+        forward(model, random_documents([9, 7, 1], 0), **options).loss.backward()
+    return {place: count for place, count in places.items() if place != "dlcm/layout.py:from_cu_seqlens"}
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
+def test_a_step_of_the_dlcm_waits_once(segmenter: str, return_logits: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
+    model = tiny_dlcm(segmenter=segmenter).train()
+    model.concept_bucket = 8
+    assert waits_of_a_step(model, return_logits=return_logits) == {"dlcm/layout.py:shapes_on_host": 1}
+
+
+def test_a_step_of_the_baseline_never_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
+    assert waits_of_a_step(tiny_baseline().train()) == {}
+
+
+def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
+    smooth = AdjacentSmoothing.forward
+
+    def looks(self: AdjacentSmoothing, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+        assert z_MC.sum().item() != 0 and len(z_MC[z_MC[:, 0] > 0]) > 0
+        return smooth(self, z_MC, concepts)
+
+    monkeypatch.setattr(AdjacentSmoothing, "forward", looks)
+    assert waits_of_a_step(tiny_dlcm())["tests/dlcm/test_compilation.py:looks"] == 2
