@@ -126,6 +126,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on the CPU
     threads: int | None = within(AT_LEAST_ONE, None)  # of torch on the CPU; sums depend on it in the last bits
+    compile: bool = False  # blocks, by torch.compile: a minute or more at the start, then faster steps
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: keep less memory, run each block twice
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

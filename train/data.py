@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,14 @@ class PackedBatch:
     target_bytes: float
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tokens on `device`."""
-        return PackedBatch(
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            cu_seqlens=self.cu_seqlens,
-            max_seqlen=self.max_seqlen,
-            num_targets=self.num_targets,
-            target_bytes=self.target_bytes,
+        """The same batch with its tokens on `device`. Copies to a GPU, from pinned memory, are not waited for."""
+        host = (self.input_ids, self.labels, self.cu_seqlens)
+        ids_T, labels_T, cu_seqlens = (x.pin_memory() for x in host) if torch.device(device).type == "cuda" else host
+        return replace(
+            self,
+            input_ids=ids_T.to(device, non_blocking=True),
+            labels=labels_T.to(device, non_blocking=True),
+            cu_seqlens=cu_seqlens,
         )
 
 

@@ -17,28 +17,31 @@ def evaluate(run: RunConfig, model: Model, validation: TokenShards, ranks: Ranks
     shared out among ranks; the model is left in training mode.
     """
     model.eval()
-    nats = targets = target_bytes = tokens = concepts = 0.0
-    longest = 0
+    targets = target_bytes = tokens = concepts = 0.0
+    # What only the device knows stays there until the last batch, so that no batch waits for the one before it.
+    nats = torch.zeros((), dtype=torch.float64, device=model.device)
+    longest = torch.zeros((), dtype=torch.int64, device=model.device)
     batches = validation_batches(validation, run.data.sequence_length, run.batch.rows, run.evaluation.max_tokens)
     for index, batch in enumerate(batches):
         if index % ranks.size != ranks.rank:
             continue
         batch = batch.to(model.device)
+        inputs = model_inputs(batch) | {"labels": batch.labels[None], "num_items_in_batch": 1, "return_logits": False}
         with autocast(run, model.device):
-            output = model(**model_inputs(batch), labels=batch.labels[None], num_items_in_batch=1)
-        nats += float(output.ce_loss)
+            output = model(**inputs)
+        nats += output.ce_loss
         targets += batch.num_targets
         target_bytes += batch.target_bytes
         tokens += len(batch.input_ids)
         if "concept_lengths" in output:
             concepts += len(output.concept_lengths)
-            longest = max(longest, int(output.concept_lengths.max()))
+            longest = torch.maximum(longest, output.concept_lengths.max())
     model.train()
 
-    sums = torch.tensor([nats, targets, target_bytes, tokens, concepts], dtype=torch.float64)
-    nats, targets, target_bytes, tokens, concepts = ranks.sum(sums).tolist()
-    longest = ranks.max(longest)
-    values = {"loss": nats / targets, "bpb": bits_per_byte(nats, target_bytes)}
+    sums = torch.tensor([float(nats), targets, target_bytes, tokens, concepts], dtype=torch.float64)
+    total_nats, targets, target_bytes, tokens, concepts = ranks.sum(sums).tolist()
+    max_concept = ranks.max(int(longest))
+    values = {"loss": total_nats / targets, "bpb": bits_per_byte(total_nats, target_bytes)}
     if concepts:
-        values |= {"tokens_per_concept": tokens / concepts, "max_concept": longest}
+        values |= {"tokens_per_concept": tokens / concepts, "max_concept": max_concept}
     return values

@@ -10,10 +10,10 @@ may change everything but `model` and `output`; with another seed or batch, step
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.attention import AttentionBackendError
+from dlcm.blocks import TransformerStack
+from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.flops import forward_flops
 from dlcm.mup import parameter_groups
 from train.checkpoint import (
@@ -52,8 +54,22 @@ from train.distributed import PeerFailure, Ranks
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.schedule import learning_rate_factor, sharpening
-from train.step import Model, concept_metrics, forward_backward, mean_losses, training_flops, uses_bf16
+from train.step import (
+    STOPS,
+    Model,
+    StepNumbers,
+    UnreadNumbers,
+    concept_metrics,
+    forward_backward,
+    mean_losses,
+    spare_the_collector,
+    training_flops,
+    update_parameters,
+    uses_bf16,
+)
 from train.tokenizer import TokenizerError, load_tokenizer
+
+WARM_UP_STEPS = 3  # after which all code is compiled
 
 
 class TrainingError(RuntimeError):
@@ -63,7 +79,7 @@ class TrainingError(RuntimeError):
 # What a user can cause and mend: told in one line.
 ERRORS = (
     *(ConfigError, DataError, TokenizerError, CheckpointError, MetricsError, TrainingError),
-    *(AttentionBackendError, OSError),
+    *(AttentionBackendError, CompilationError, OSError),
 )
 
 
@@ -75,6 +91,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
     Raises:
         DataError, CheckpointError: data or checkpoint do not fit the run, or cannot be read or written.
+        CompilationError: `compile` is asked for and cannot work here.
         TrainingError: `max_bad_steps` in a row had no finite loss and gradient.
     """
     run_dir, device = Path(run.output), choose_device(run, ranks)
@@ -102,12 +119,27 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     if checkpoint is not None:
         check_continues(state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
+    for module in model.modules():
+        if isinstance(module, TransformerStack):
+            module.recompute = run.activation_checkpointing == "full"
+    if run.compile:
+        compile_blocks_(model)
     parallel = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
 
     def save() -> int:
         save_checkpoint(run_dir, model, optimizer, tokenizer, run, state)
         return state.step
+
+    def account(numbers: StepNumbers) -> None:
+        state.flops += training_flops(numbers.sums, model, run.batch.accumulation)
+        state.skipped += numbers.skipped
+        state.bad_in_a_row = state.bad_in_a_row + 1 if numbers.skipped else 0
+        if state.bad_in_a_row >= run.max_bad_steps:
+            raise TrainingError(
+                f"step {numbers.step}: loss or gradient not finite in {state.bad_in_a_row} steps in a row; "
+                f"{remedy(run, checkpoint)}, or look at the data"
+            )
 
     ranks.on_first(lambda: record_run(run))
     if ranks.is_first:
@@ -128,6 +160,9 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
         if ranks.on_first(lambda: lacks_evaluation(run, state.step)):
             validate()
+        unread: deque[UnreadNumbers] = deque()
+        stopping = False
+        warm = state.step + WARM_UP_STEPS
         while state.step < run.schedule.steps:
             step = state.step  # counted from 0; metrics and checkpoints say how many steps are complete
             rate_factor = learning_rate_factor(step, run.schedule)
@@ -138,32 +173,31 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
             batches = [loader.batch(step, micro).to(device) for micro in range(run.batch.accumulation)]
             sums = forward_backward(run, parallel, batches, step, ranks)
-            losses = mean_losses(sums, model, micro_batches=ranks.size * len(batches))
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_norm))
-
-            # One non-finite number would spoil every parameter: such a step moves none, but is counted.
-            if math.isfinite(losses["loss"]) and math.isfinite(grad_norm):
-                optimizer.step()
-                state.bad_in_a_row = 0
-            else:
-                state.skipped += 1
-                state.bad_in_a_row += 1
-            optimizer.zero_grad()
+            asked_to_stop = stop.number > 0
+            sums[STOPS] = float(asked_to_stop)
+            grad_norm, skipped = update_parameters(optimizer, ranks.sum(sums), run.optimizer.clip_norm)
             state.step += 1
-            state.tokens += int(sums.tokens)
-            state.flops += training_flops(sums, model, len(batches))
-            throughput.add(int(sums.tokens))
-            if state.bad_in_a_row >= run.max_bad_steps:
-                raise TrainingError(
-                    f"step {state.step}: loss or gradient not finite in {state.bad_in_a_row} steps in a row; "
-                    f"{remedy(run, checkpoint)}, or look at the data"
-                )
+            if state.step == warm:
+                spare_the_collector()
+            state.tokens += loader.tokens_per_step
+            throughput.add(loader.tokens_per_step)
 
             is_last = state.step == run.schedule.steps
-            if state.step == 1 or state.step % run.log_every == 0 or is_last:
-                values = losses | {
-                    **concept_metrics(sums, model),
-                    "grad_norm": grad_norm,
+            logs = state.step == 1 or state.step % run.log_every == 0 or is_last
+            saves = state.step % run.checkpoint.every == 0 or is_last
+            evaluates = evaluation_due(run, state.step)
+            # Numbers are read a step late, when the device has other work to go on with, unless they are needed now.
+            needed = logs or saves or evaluates or (asked_to_stop and ranks.size == 1)
+            unread.append(UnreadNumbers(state.step, sums, grad_norm, skipped))
+            while len(unread) > (0 if needed or stopping else 1):
+                numbers = unread.popleft().read()
+                account(numbers)
+                stopping = stopping or numbers.sums.stops > 0  # the same step on every rank
+            if logs:
+                values = {
+                    **mean_losses(numbers.sums, model, micro_batches=ranks.size * len(batches)),
+                    **concept_metrics(numbers.sums, model),
+                    "grad_norm": numbers.grad_norm,
                     "lr_factor": rate_factor,
                     "tokens": state.tokens,
                     "flops": state.flops,
@@ -175,8 +209,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 throughput.restart()
             bar.update()
 
-            stopping = bool(ranks.max(int(stop.number > 0)))
-            if state.step % run.checkpoint.every == 0 or is_last or stopping:
+            if saves or stopping:
                 checkpoint = checkpoint_path(run_dir, ranks.on_first(save))
                 throughput.restart()
             if stopping and not is_last:
@@ -184,7 +217,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                     bar.write(f"stopped after step {state.step}; continue: python -m train.pretrain --resume {run_dir}")
                 return stop.number or signal.SIGTERM
             # After the checkpoint, which nothing that fails here can cost; a resumed run makes up for it.
-            if evaluation_due(run, state.step):
+            if evaluates:
                 validate()
     if ranks.is_first:
         print(f"finished {run_dir}: {checkpoint}")
@@ -258,7 +291,7 @@ def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
-    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=model.device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def choose_device(run: RunConfig, ranks: Ranks) -> torch.device:
@@ -411,7 +444,8 @@ def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation
         f"steps    {steps:,} of {per_step:,} tokens, {steps * per_step:,} in all "
         f"({steps * per_step / loader.shards.num_tokens:.2f} epochs)"
     )
-    print(f"device   {model.device}, {precision}, {torch.get_num_threads()} CPU threads", flush=True)
+    compiled = ", compiled in the first steps" if model.compiled else ""
+    print(f"device   {model.device}, {precision}{compiled}, {torch.get_num_threads()} CPU threads", flush=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -2,9 +2,13 @@
 
 Losses are normalised by the targets of the whole batch, and the Global Parser sees the boundaries of the whole
 batch: the shares of ranks and micro-batches add up to the loss of one big batch.
+
+Nothing here waits for a GPU: what the device computes stays there, and whether a step may move the parameters is
+decided there (`update_parameters`). The host reads a step's numbers when the device has gone on (`UnreadNumbers`).
 """
 
 import functools
+import gc
 import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,39 +33,53 @@ FORWARDS_PER_STEP = 3  # in FLOPs: the backward pass costs as much as two
 
 
 class StepSums(NamedTuple):
-    """What a step adds up over micro-batches and ranks. A model without concepts leaves the last four at 0."""
+    """What a step adds up over micro-batches and ranks. A model without concepts leaves theirs at 0."""
 
-    ce: float  # shares of the mean cross-entropy, in nats
+    # counted by the host
     targets: float
     target_bytes: float
     tokens: float
     squared_lengths: float  # of documents: the cost of attention goes with it
+    concepts: float
+    stops: float  # ranks that were told to stop
+    # computed by the device
+    ce: float  # shares of the mean cross-entropy, in nats
     aux: float
     boundaries: float
     probability: float
-    concepts: float
+
+
+STOPS, CE = StepSums._fields.index("stops"), StepSums._fields.index("ce")
+NUM_COUNTED = CE
 
 
 def forward_backward(
     run: RunConfig, parallel: torch.nn.Module, batches: Sequence[PackedBatch], step: int, ranks: Ranks
-) -> StepSums:
+) -> Tensor:
     """Leaves the gradient of the global batch's loss in the parameters.
 
     Args:
-        run: seed and precision.
+        run: its seed and precision.
         parallel: the model, wrapped for data parallelism where there are several ranks.
         batches: this rank's micro-batches, on the model's device.
         step: counted from 0; decides the boundary draws.
         ranks: those that hold the rest of the batch.
+
+    Returns:
+        This rank's `StepSums`, float64, on the model's device.
     """
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     kept_local = parallel.no_sync if isinstance(parallel, DistributedDataParallel) else nullcontext
     assert isinstance(model, Model)
-    targets = ranks.sum(torch.tensor(sum(batch.num_targets for batch in batches), device=model.device))
+    targets = ranks.sum(torch.full((), sum(batch.num_targets for batch in batches), device=model.device))
     parser_total = global_boundary_statistics(run, model, batches, step, ranks)
     sums = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=model.device)
     for micro, batch in enumerate(batches):
-        inputs = model_inputs(batch) | {"labels": batch.labels[None], "num_items_in_batch": targets}
+        inputs = model_inputs(batch) | {
+            "labels": batch.labels[None],
+            "num_items_in_batch": targets,
+            "return_logits": False,
+        }
         if isinstance(model, DLCMForCausalLM):
             generator = boundary_generator(run.seed, step, micro, ranks, model.device)
             inputs |= {"generator": generator, "parser_total": parser_total}
@@ -71,8 +89,8 @@ def forward_backward(
                 output = parallel(**inputs)
             # Ranks average their gradients, but shares want to be summed.
             (output.loss * ranks.size).backward()
-        sums += step_sums(output, batch)
-    return StepSums(*ranks.sum(sums).tolist())
+        add_to_sums_(sums, output, batch)
+    return sums
 
 
 def global_boundary_statistics(
@@ -87,8 +105,9 @@ def global_boundary_statistics(
         return None
     each = []
     for micro, batch in enumerate(batches):
-        # The same seed as in the forward pass to come, so the same boundaries. And an autocast context of its
-        # own: casts cached here, without gradient, must not be met again there.
+        # The same seed as in the forward pass to come, so the same boundaries (compiled code may round otherwise
+        # without gradients, and a draw in many fall the other way). And an autocast context of its own: casts cached
+        # here, without gradient, must not be met again there.
         generator = boundary_generator(run.seed, step, micro, ranks, model.device)
         with autocast(run, model.device):
             each.append(model.boundary_statistics(**model_inputs(batch), generator=generator))
@@ -127,28 +146,88 @@ def model_inputs(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def step_sums(output: Any, batch: PackedBatch) -> Tensor:
-    """One micro-batch's `StepSums` as a float64 tensor, without waiting for the device."""
-    lengths_D = batch.cu_seqlens.diff().double()
-    values = [
-        output.ce_loss,
+def add_to_sums_(sums: Tensor, output: Any, batch: PackedBatch) -> None:
+    """Adds one micro-batch's `StepSums`."""
+    has_concepts = "concept_lengths" in output
+    counted = [
         batch.num_targets,
         batch.target_bytes,
         len(batch.input_ids),
-        lengths_D.square().sum(),
+        float(batch.cu_seqlens.diff().double().square().sum()),  # cu_seqlens is on the CPU
+        len(output.concept_lengths) if has_concepts else 0,
+        0,  # stops: the loop's to say
     ]
-    if "concept_lengths" in output:
-        statistics = output.parser_statistics
-        values += [
-            output.aux_loss,
-            statistics.boundaries,
-            statistics.probability,
-            len(output.concept_lengths),
-        ]
-    else:
-        values += [0.0] * 4
-    device = output.ce_loss.device
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values])
+    computed = [output.ce_loss]
+    if has_concepts:
+        computed += [output.aux_loss, output.parser_statistics.boundaries, output.parser_statistics.probability]
+    on_host = torch.tensor(counted, dtype=torch.float64, pin_memory=sums.is_cuda)
+    sums[:NUM_COUNTED] += on_host.to(sums.device, non_blocking=True)
+    sums[NUM_COUNTED : NUM_COUNTED + len(computed)] += torch.stack([x.detach().double() for x in computed])
+
+
+def update_parameters(optimizer: torch.optim.AdamW, sums: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Moves the parameters along the gradient, clipped, unless a number of the step is not finite.
+
+    One non-finite number would spoil every parameter: such a step moves none. Decided on the device, in the way of
+    torch's GradScaler: a fused optimizer divides gradients by `grad_scale`, and does nothing where `found_inf` is 1.
+
+    Args:
+        optimizer: fused.
+        sums: the `StepSums` of all ranks.
+        clip_norm: what longer gradients are shortened to.
+
+    Returns:
+        The gradient's norm before clipping, and 1 or 0, whether the step was skipped; on the device.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    skipped = (~(grad_norm.isfinite() & sums.isfinite().all())).float()
+    optimizer.grad_scale = (grad_norm / clip_norm).clamp(min=1)  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm, skipped
+
+
+def spare_the_collector() -> None:
+    """Python's garbage collector leaves alone what is there now. To be called once the first steps have compiled.
+
+    A full collection looks at a million objects of torch and its compilers, again and again, and takes most of the
+    host's time in a step: time that a GPU spends idle after it has waited for the host (`shapes_on_host`).
+    """
+    gc.collect()
+    gc.freeze()
+
+
+class StepNumbers(NamedTuple):
+    """What the host wants to know of a step: its number, counted from 1, and what became of it over all ranks."""
+
+    step: int
+    sums: StepSums
+    grad_norm: float  # before clipping
+    skipped: bool
+
+
+class UnreadNumbers:
+    """A step's numbers on their way to the host: the copy waits for the device, and nobody for the copy.
+
+    Once the next step has been handed to the device they cost no time to read: it has other work to go on with.
+    """
+
+    def __init__(self, step: int, sums: Tensor, grad_norm: Tensor, skipped: Tensor):
+        self._step = step
+        numbers = torch.cat([sums, torch.stack([grad_norm, skipped]).double()])
+        self._on_host = numbers.to("cpu", non_blocking=True)  # in pinned memory
+        self._copied = torch.cuda.Event() if numbers.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> StepNumbers:
+        """The numbers; waits until the step is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        *sums, grad_norm, skipped = self._on_host.tolist()
+        return StepNumbers(self._step, StepSums(*sums), grad_norm, bool(skipped))
 
 
 def mean_losses(sums: StepSums, model: Model, micro_batches: int) -> dict[str, float]:

@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
+import dlcm.blocks
+import dlcm.compilation
 import train.pretrain as pretrain_module
 import train.step as step_module
 from dlcm import DLCMForCausalLM
+from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
@@ -28,11 +32,10 @@ from train.distributed import Ranks
 from train.evaluate import evaluate
 from train.metrics import WALL_CLOCK, read_metrics
 from train.pretrain import build_model, check_continues, main, open_shards
-from train.step import StepSums, forward_backward, mean_losses
+from train.step import CE, StepSums, forward_backward, mean_losses
 from train.tokenizer import load_tokenizer
 
 ARCHITECTURES = list(MODELS)
-ForwardBackward = Callable[..., StepSums]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +67,17 @@ class Tap:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.batches: dict[int, list[list[int]]] = {}
         self.before: Callable[[int], None] = lambda step: None
-        self.after: Callable[[int, torch.nn.Module, StepSums], StepSums] = lambda step, model, sums: sums
+        self.after: Callable[[int, torch.nn.Module, torch.Tensor], None] = lambda step, model, sums: None
         monkeypatch.setattr(pretrain_module, "forward_backward", self)
 
     def __call__(
         self, run: RunConfig, model: torch.nn.Module, batches: Sequence[PackedBatch], step: int, ranks: Ranks
-    ) -> StepSums:
+    ) -> torch.Tensor:
         self.before(step)
         self.batches[step] = [batch.input_ids.tolist() for batch in batches]
-        return self.after(step, model, forward_backward(run, model, batches, step, ranks))
+        sums = forward_backward(run, model, batches, step, ranks)
+        self.after(step, model, sums)
+        return sums
 
 
 @pytest.fixture
@@ -264,6 +269,15 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_stops_a_step_that_nobody_waits_for(data: Path, tmp_path: Path, tap: Tap):
+    """Neither reported nor saved otherwise; its numbers are read for the checkpoint."""
+    tap.before = stop_at(3)
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, log_every=100, evaluation={"every": 100})
+    assert main([str(config)]) == 128 + signal.SIGTERM
+    assert load_state(latest_checkpoint(run_dir)).step == 4 and max(tap.batches) == 3
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_an_ignored_signal_stays_ignored(data: Path, tmp_path: Path, tap: Tap):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -303,7 +317,7 @@ def tiny_step(
     losses = []
     for step in range(3):
         batches = [loader.batch(step, micro) for micro in range(accumulation)]
-        sums = forward_backward(run, model, batches, step, Ranks())
+        sums = StepSums(*forward_backward(run, model, batches, step, Ranks()).tolist())
         losses.append(mean_losses(sums, model, micro_batches=accumulation) | step_module.concept_metrics(sums, model))
         optimizer.step()
         optimizer.zero_grad()
@@ -373,18 +387,28 @@ def test_bf16_accumulation_reaches_every_parameter(architecture: str, data: Path
 
 
 RUN_ALL = """
-import sys
-from train.pretrain import Ranks, open_run, parse_arguments, pretrain
-ranks = Ranks()
-for config in sys.argv[1:]:
-    run, _ = open_run(parse_arguments([config]), ranks)
-    pretrain(run, None, ranks)
+import os, signal, sys
+import train.pretrain as module
+ranks = module.Ranks()
+*configs, stopped = sys.argv[1:]
+for config in configs:
+    run, _ = module.open_run(module.parse_arguments([config]), ranks)
+    assert module.pretrain(run, None, ranks) == 0
+
+def told_to_stop(run, model, batches, step, ranks):  # one rank alone, in its second step
+    if step == 1 and ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step_of(run, model, batches, step, ranks)
+
+step_of, module.forward_backward = module.forward_backward, told_to_stop
+run, _ = module.open_run(module.parse_arguments([stopped]), ranks)
+assert module.pretrain(run, None, ranks) == signal.SIGTERM
 ranks.leave()
 """
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path):
-    """Two gloo processes, launched by torchrun, against one process with twice the micro-batches."""
+    """Two gloo processes, launched by torchrun, against one process with twice the micro-batches; and both stop."""
     alone, pair = [tmp_path / "alone1", tmp_path / "alone2"], [tmp_path / "pair1", tmp_path / "pair2"]
     changes: dict[str, Any] = {"model": {"aux_loss_weight": 0.5}, "schedule": {"steps": 3, "warmup_steps": 0}}
 
@@ -394,11 +418,15 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
 
     for run_dir, accumulation in zip(alone, (2, 4), strict=True):
         assert main([config(run_dir, accumulation)]) == 0
+    stopped = write_config(
+        tmp_path / "stopped.yaml", "llama", data, tmp_path / "stopped", log_every=100, evaluation={"every": 100}
+    )
     script, root = tmp_path / "run_all.py", Path(__file__).parents[2]
     script.write_text(RUN_ALL)
     answer = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        + [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)],
+        + [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)]
+        + [str(stopped)],
         cwd=root,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
@@ -407,7 +435,12 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
         timeout=120,
     )
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("from scratch") == 2  # one rank speaks
+    assert answer.stdout.count("from scratch") == 3  # one rank speaks
+    assert answer.stdout.count("stopped after step 3") == 1  # a step late, and at the same step on both ranks
+    state = load_state(latest_checkpoint(tmp_path / "stopped"))
+    assert state.step == 3
+    per_token = forward_flops(pretrain_module.build_model_config(load_run_config(stopped)), 1).total
+    assert state.flops > 3 * per_token * state.tokens  # all three steps are counted
 
     for one, other, accumulation in zip(alone, pair, (1, 2), strict=True):
         assert len(metrics(one)) == len(metrics(other)) == 4
@@ -438,6 +471,57 @@ def test_the_first_rank_verifies_the_data_for_all(data: Path, tmp_path: Path):
     assert (shards.split, validation.split) == ("train", "validation")
     run.data.verify = False
     open_shards(run, Ranks())
+
+
+# --- the same run, faster or smaller ---
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_and_recomputed_runs_are_the_plain_one(
+    architecture: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """To rounding; the drawn boundaries are the same. Evaluation, whose last batch is shorter, is compiled too."""
+    done: list[str] = []
+
+    def recompute(*arguments: Any, **options: Any) -> Any:
+        done.append("recomputed")
+        return checkpoint(*arguments, **options)
+
+    def compile_blocks(model: PackedCausalLM) -> None:
+        done.append("compiled")
+        dlcm.compilation.compile_blocks_(model, backend="aot_eager")
+
+    monkeypatch.setattr(dlcm.compilation, "CONCEPT_BUCKET", 16)
+    monkeypatch.setattr(dlcm.blocks, "checkpoint", recompute)
+    monkeypatch.setattr(pretrain_module, "compile_blocks_", compile_blocks)
+    reports = []
+    for name, changes in {
+        "plain": {},
+        "recomputed": {"activation_checkpointing": "full"},
+        "compiled": {"compile": True, "activation_checkpointing": "full"},
+    }.items():
+        config = write_config(tmp_path / f"{name}.yaml", architecture, data, tmp_path / name, **changes)
+        assert main([str(config)]) == 0
+        reports.append(metrics(tmp_path / name))
+        assert set(done) == {"plain": set(), "recomputed": {"recomputed"}, "compiled": {"recomputed", "compiled"}}[name]
+        done.clear()
+    plain, recomputed, compiled = reports
+    assert recomputed == plain
+    assert len(compiled) == len(plain)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler for a GPU is part of triton")
+def test_compiling_without_a_compiler_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run", compile=True))]) == 2
+    assert_one_error(capsys, "found none (no-such-compiler): install one, name it in CXX, or train without compile")
+    assert not (tmp_path / "run").exists()
 
 
 # --- the numbers ---
@@ -471,7 +555,7 @@ def test_steps_flops_are_of_the_real_documents_and_concepts():
     )
     model = DLCMForCausalLM(config)
     # Documents of 10 and 30 tokens: attention costs what one length of (100 + 900) / 40 would.
-    sums = StepSums(0, 0, 0, tokens=40, squared_lengths=1000, aux=0, boundaries=0, probability=0, concepts=8)
+    sums = StepSums(*[0] * len(StepSums._fields))._replace(tokens=40, squared_lengths=1000, concepts=8)
     forward = forward_flops(config, 25, 5)
     assert step_module.training_flops(sums, model, accumulation=1) == 3 * 40 * forward.total
     ahead = forward.stages["encoder"] + forward.stages["detector"]  # to count boundaries
@@ -515,14 +599,14 @@ def assert_one_error(capsys: pytest.CaptureFixture[str], message: str) -> None:
 def test_non_finite_steps_are_skipped_and_counted(spoilt: str, data: Path, tmp_path: Path, tap: Tap):
     snapshots: dict[int, list[torch.Tensor]] = {}
 
-    def spoil(step: int, model: torch.nn.Module, sums: StepSums) -> StepSums:
+    def spoil(step: int, model: torch.nn.Module, sums: torch.Tensor) -> None:
         snapshots[step] = [parameter.detach().clone() for parameter in model.parameters()]
         if step not in (3, 4, 6):
-            return sums
+            return
         if spoilt == "loss":
-            return sums._replace(ce=math.nan)
-        next(model.parameters()).grad[0, 0] = math.inf
-        return sums
+            sums[CE] = math.nan
+        else:
+            next(model.parameters()).grad[0, 0] = math.inf
 
     tap.after = spoil
     run_dir = tmp_path / "run"
@@ -545,7 +629,7 @@ def test_bad_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
 ):
     run_dir = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, checkpoint={"every": 2})
-    tap.after = lambda step, model, sums: sums._replace(ce=math.inf) if step >= 3 else sums
+    tap.after = lambda step, model, sums: sums[CE].fill_(math.inf) if step >= 3 else None
     assert main([str(config)]) == 2
     good = run_dir / "checkpoints" / "step_00000004"  # step 4 was bad, but moved nothing
     change = "optimizer.lr_token=0.0015"
@@ -555,15 +639,41 @@ def test_bad_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
         f"learning rate, --resume {run_dir} {change}",
     )
     verify_checkpoint(good)
-    tap.after = lambda step, model, sums: sums
+    tap.after = lambda step, model, sums: None
     assert main(["--resume", str(run_dir), change]) == 0
     assert load_state(latest_checkpoint(run_dir)).skipped == 1
+
+
+def test_bad_steps_stop_the_run_though_their_numbers_are_read_a_step_late(
+    data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
+):
+    """Steps 3, 4 and 5 are bad, and none of them reports; while they are counted, step 6 is under way, and lost."""
+    tap.after = lambda step, model, sums: sums[CE].fill_(math.nan) if step in (2, 3, 4) else None
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, log_every=100, evaluation={"every": 100})
+    assert main([str(config)]) == 2
+    assert_one_error(capsys, "step 5: loss or gradient not finite in 3 steps in a row")
+    assert max(tap.batches) == 5 and [line["step"] for line in read_metrics(run_dir)] == [1]
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_checkpoint_counts_the_steps_it_is_behind(log_every: int, data: Path, tmp_path: Path, tap: Tap):
+    """Numbers that were not needed before are read for it, its own step's too."""
+    tap.after = lambda step, model, sums: sums[CE].fill_(math.nan) if step in (1, 4, 5) else None
+    run_dir = tmp_path / "run"
+    changes: dict[str, Any] = {"log_every": log_every, "evaluation": {"every": 100}}
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, **changes, checkpoint={"every": 3, "keep": 9})
+    assert main([str(config)]) == 0
+    states = [load_state(run_dir / "checkpoints" / f"step_{step:08d}") for step in (3, 6, 8)]
+    assert [(state.skipped, state.bad_in_a_row) for state in states] == [(1, 0), (3, 2), (3, 0)]
+    flops = [state.flops for state in states]
+    assert flops == pytest.approx([flops[-1] * step / 8 for step in (3, 6, 8)], rel=0.1)
 
 
 def test_bad_steps_before_the_first_checkpoint(
     data: Path, tmp_path: Path, tap: Tap, capsys: pytest.CaptureFixture[str]
 ):
-    tap.after = lambda step, model, sums: sums._replace(ce=math.nan)
+    tap.after = lambda step, model, sums: sums[CE].fill_(math.nan)
     assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) == 2
     assert_one_error(capsys, f"there is no checkpoint yet: delete {tmp_path / 'run'} and start again with a lower")
 

@@ -1,0 +1,165 @@
+"""The end of a step on the device: clipping and skipping against their slow twin, and a host that waits for nothing."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dlcm.attention
+import dlcm.layout
+from dlcm.compilation import compile_blocks_
+from tests.train.tiny import MODELS, prepare_tiny, write_config
+from tests.waits import counting_waits, masked_sdpa
+from train.config import RunConfig, load_run_config
+from train.data import PackedBatch, PackedLoader, TokenShards
+from train.distributed import Ranks
+from train.pretrain import build_model, build_optimizer
+from train.step import CE, Model, UnreadNumbers, forward_backward, update_parameters
+from train.tokenizer import load_tokenizer
+
+ARCHITECTURES = list(MODELS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+def open_tiny(
+    architecture: str, data: Path, directory: Path, **sections: Any
+) -> tuple[RunConfig, Model, torch.optim.AdamW, PackedLoader]:
+    run = load_run_config(write_config(directory / "run.yaml", architecture, data, directory / "run", **sections))
+    shards = TokenShards(data, "train")
+    model = build_model(run, shards, load_tokenizer(str(data))).train()
+    loader = PackedLoader(
+        shards, run.data.sequence_length, run.batch.rows, run.seed, accumulation=run.batch.accumulation
+    )
+    return run, model, build_optimizer(run, model), loader
+
+
+def parameters_and_state(model: torch.nn.Module, optimizer: torch.optim.AdamW) -> list[Tensor]:
+    return [
+        x.clone()
+        for parameter in model.parameters()
+        for x in (parameter.detach(), *optimizer.state[parameter].values())
+    ]
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 100.0], ids=["clipped", "not clipped"])
+def test_clipping_and_skipping_on_the_device_equal_their_slow_twin(clip_norm: float, data: Path, tmp_path: Path):
+    """clip_grad_norm_ and AdamW without fusion, which sees good steps alone."""
+    run, model, optimizer, loader = open_tiny("dlcm", data, tmp_path)
+    twin = copy.deepcopy(model)
+    slow = build_optimizer(run, twin)
+    for group in slow.param_groups:
+        group |= {"fused": False, "foreach": False}
+    for step in range(5):
+        sums = forward_backward(run, model, [loader.batch(step)], step, Ranks())
+        before = parameters_and_state(model, optimizer)
+        if step == 2:
+            sums[CE] = torch.inf
+        if step == 3:
+            next(model.parameters()).grad[0, 0] = torch.nan
+        bad = step in (2, 3)
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            theirs.grad = ours.grad.clone()
+        expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip_norm)
+        if not bad:
+            slow.step()
+        grad_norm, skipped = update_parameters(optimizer, sums, clip_norm)
+        torch.testing.assert_close(grad_norm, expected_norm, equal_nan=True)
+        assert bool(skipped) is bad and all(parameter.grad is None for parameter in model.parameters())
+        after = parameters_and_state(model, optimizer)
+        assert all(map(torch.equal, before, after)) is bad
+        torch.testing.assert_close(after, parameters_and_state(twin, slow), rtol=2e-5, atol=1e-7)
+
+
+def train_step(
+    run: RunConfig, model: Model, optimizer: torch.optim.AdamW, batches: list[PackedBatch], step: int
+) -> UnreadNumbers:
+    """What the loop of `train.pretrain` hands to the device."""
+    sums = forward_backward(run, model, batches, step, Ranks())
+    return UnreadNumbers(step + 1, sums, *update_parameters(optimizer, sums, run.optimizer.clip_norm))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_training_step_waits_once_a_micro_batch(
+    architecture: str, accumulation: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
+    run, model, optimizer, loader = open_tiny(architecture, data, tmp_path, batch={"accumulation": accumulation})
+    batches = [loader.batch(0, micro) for micro in range(accumulation)]
+    train_step(run, model, optimizer, batches, 0)
+    with counting_waits() as places:
+        unread = train_step(run, model, optimizer, batches, 1)
+    # cu_seqlens lies on the CPU, whatever the model does: its check, and its squares, wait for nothing.
+    del places["dlcm/layout.py:from_cu_seqlens"]
+    assert places.pop("train/step.py:add_to_sums_") == accumulation
+    assert places == ({"dlcm/layout.py:shapes_on_host": accumulation} if architecture == "dlcm" else {})
+    numbers = unread.read()
+    assert numbers.step == 2 and not numbers.skipped and numbers.grad_norm > 0
+    assert numbers.sums.tokens == accumulation * 4 * 32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnCuda:
+    """The same where it counts: torch itself refuses whatever makes the host wait."""
+
+    @pytest.fixture(autouse=True)
+    def strict(self) -> Iterator[None]:
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_a_warm_step_waits_for_the_number_of_concepts_alone(
+        self, architecture: str, compiled: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        run, model, optimizer, loader = open_tiny(architecture, data, tmp_path, precision="bf16")
+        model.cuda()
+        if compiled:
+            compile_blocks_(model)
+        allowed = []
+
+        def shapes_on_host(*sizes: Tensor) -> list[int]:
+            torch.cuda.set_sync_debug_mode("default")
+            values = torch.stack(sizes).tolist()
+            torch.cuda.set_sync_debug_mode("error")
+            allowed.append(values)
+            return values
+
+        for step in range(3):  # warm
+            train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step)
+        monkeypatch.setattr(dlcm.layout, "shapes_on_host", shapes_on_host)
+        torch.cuda.set_sync_debug_mode("error")
+        unread = None
+        for step in range(3, 6):
+            latest = train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step)
+            if unread is not None:
+                unread.read()
+            unread = latest
+        assert len(allowed) == (3 if architecture == "dlcm" else 0)
+        with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+            torch.ones((), device="cuda").item()
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_compiled_steps_are_the_eager_ones(self, architecture: str, data: Path, tmp_path: Path):
+        """Losses to what bf16 tells apart, and nothing compiled after the first step of a kind."""
+        losses = []
+        for compiled in (False, True):
+            run, model, optimizer, loader = open_tiny(architecture, data, tmp_path, precision="bf16")
+            model.cuda()
+            if compiled:
+                compile_blocks_(model)
+            train_step(run, model, optimizer, [loader.batch(0).to("cuda")], 0)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                steps = [
+                    train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step) for step in range(1, 8)
+                ]
+            losses.append([unread.read().sums.ce for unread in steps])
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
