@@ -3,7 +3,9 @@
 Conventions: 2 FLOPs per multiply-add; causal attention is counted at half of its L x L products; norms, RoPE,
 softmax, embedding look-ups, pooling and the D null slots are left out. A training step is 3 forwards. What happens
 once per concept is charged 1 / R per token, with R the *realised* tokens per concept where it is known.
-Cross-attention is counted as it runs, by replication: T x T products, not T x M.
+
+Counted is what the function needs, not what an implementation spends on it: a token reads each concept it may see
+once, so cross-attention is half of L x L/R products whatever runs it. What replication adds to that is not credited.
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ def forward_flops(
             "backbone": config.backbone_layers * concept_block / ratio,
             "cross_attention": 2 * 2 * config.d_token**2
             + 2 * 2 * config.d_concept * token_block_shape(config).kv_width / ratio
-            + _attention(config.d_token, sequence_length),
+            + _attention(config.d_token, sequence_length / ratio),
             "decoder": config.decoder_layers * token_block,
             "head": head,
         }
@@ -60,6 +62,6 @@ def _block(shape: BlockShape, length: float) -> float:
     return 2 * (projections + 3 * shape.width * shape.ffn) + _attention(shape.width, length)
 
 
-def _attention(width: int, length: float) -> float:
-    """Scores and mixing, 2 * 2 * width * length, at half."""
-    return 2 * width * length
+def _attention(width: int, keys: float) -> float:
+    """Scores and mixing per query, 2 * 2 * width * keys, at half: causality hides every other one of the `keys`."""
+    return 2 * width * keys
