@@ -43,7 +43,7 @@ def causal_attention(
     Raises:
         AttentionBackendError: `backend` cannot run on this device, dtype or installation.
     """
-    match resolve_backend(backend, q_THN.device, q_THN.dtype):
+    match resolve_backend(backend, q_THN.device, q_THN.dtype, q_THN.shape[2]):
         case "flash_attn_4":
             return _flash_attn_4(q_THN, k_TKN, v_TKN, layout)
         case "flash_attn":
@@ -54,46 +54,50 @@ def causal_attention(
             return _sdpa(q_THN, k_TKN, v_TKN, layout)
 
 
-def resolve_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def resolve_backend(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
     """The backend that will run: `auto` is decided, a named one is checked.
 
     Raises:
         AttentionBackendError: a named backend cannot run; the message says what it needs.
     """
     if backend == "auto":
-        return next(name for name in OBSTACLES if OBSTACLES[name](device, dtype) is None)
-    if problem := OBSTACLES[backend](device, dtype):
+        return next(name for name in OBSTACLES if OBSTACLES[name](device, dtype, head_dim) is None)
+    if problem := OBSTACLES[backend](device, dtype, head_dim):
         raise AttentionBackendError(f"attention_backend='{backend}' needs {problem}, or use attention_backend='auto'")
     return backend
 
 
-def _flash_attn_4_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _flash_attn_4_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if not _importable("flash_attn.cute"):
         return "the flash-attn-4 package: pip install flash-attn-4"
-    if (problem := _torch_varlen_obstacle(device, dtype)) is not None:
+    if (problem := _torch_varlen_obstacle(device, dtype, head_dim)) is not None:
         return problem
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 9 else f"a Hopper or Blackwell GPU, got compute capability {major}.{minor}"
 
 
-def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if not _importable("flash_attn.flash_attn_interface"):
         return "the flash-attn package: pip install flash-attn"
-    return _torch_varlen_obstacle(device, dtype)
+    return _torch_varlen_obstacle(device, dtype, head_dim)
 
 
-def _torch_varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return None
-    return f"fp16 or bf16 on a CUDA device, got {dtype} on {device.type}: use bf16 autocast on a GPU"
+def _torch_varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"fp16 or bf16 on a CUDA device, got {dtype} on {device.type}: use bf16 autocast on a GPU"
+    if head_dim % 8 or head_dim > 256:
+        return f"a head dimension that is a multiple of 8 up to 256, got {head_dim}: use another number of heads"
+    return None
 
 
 # What keeps a backend from running, and the remedy; None where it runs. In the order of preference of `auto`.
-OBSTACLES: dict[AttentionBackend, Callable[[torch.device, torch.dtype], str | None]] = {
+OBSTACLES: dict[AttentionBackend, Callable[[torch.device, torch.dtype, int], str | None]] = {
     "flash_attn_4": _flash_attn_4_obstacle,
     "flash_attn": _flash_attn_obstacle,
     "torch_varlen": _torch_varlen_obstacle,
-    "sdpa": lambda device, dtype: None,
+    "sdpa": lambda device, dtype, head_dim: None,
 }
 
 

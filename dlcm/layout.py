@@ -188,19 +188,21 @@ class ConceptLayout:
         last_token_D = tokens.cu_seqlens_D1[1:].long() - 1
         ends_D = segment_T[last_token_D] + 1
         cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))
+        cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
+        closed_T = segment_T - cu_concepts_D1[tokens.document_T]  # concepts of the document that are closed at t
+        if visibility == "inclusive":
+            closed_T = closed_T + boundary_T
+        slot_T = cu_slots_D1[tokens.document_T] + closed_T
+
+        # After the wait the device is idle until it is given work, so as much as possible stands before it.
         num_concepts, max_concepts = shapes_on_host(ends_D[-1], cu_concepts_D1.diff().max())
         padding = -num_concepts % bucket
         cu_concepts_D1[-1] += padding
-
+        cu_slots_D1[-1] += padding
         concepts = PackedLayout.from_cu_seqlens(
             cu_concepts_D1.to(torch.int32), num_concepts + padding, max_concepts + padding
         )
         length_M = torch.zeros_like(concepts.position_T).scatter_add_(0, segment_T, torch.ones_like(segment_T))
-        cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
-        slot_M = cu_slots_D1[concepts.document_T] + 1 + concepts.position_T
-        closed_T = segment_T - cu_concepts_D1[tokens.document_T]  # concepts of the document that are closed at t
-        if visibility == "inclusive":
-            closed_T = closed_T + boundary_T
         return cls(
             tokens=tokens,
             concepts=concepts,
@@ -209,8 +211,8 @@ class ConceptLayout:
             length_M=length_M,
             last_M=length_M.cumsum(0) - 1,
             cu_slots_D1=cu_slots_D1.to(torch.int32),
-            slot_M=slot_M,
-            slot_T=cu_slots_D1[tokens.document_T] + closed_T,
+            slot_M=cu_slots_D1[concepts.document_T] + 1 + concepts.position_T,
+            slot_T=slot_T,
         )
 
     @property

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.attention import resolve_backend
-from dlcm.blocks import TransformerStack
+from dlcm.blocks import TransformerStack, token_block_shape
 from dlcm.boundary import Boundaries, LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
@@ -80,7 +80,7 @@ CROSS_ATTENTIONS: dict[str, tuple[CrossAttentionBackend | None, ...]] = {
 }
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 LENGTH_TOKENS = 65536  # in a step of the length part
-WARM_UP_STEPS, STEPS, SECONDS = 5, 20, 3  # measured are at least so many steps, and at least for so long
+WARM_UP_STEPS, STEPS, SECONDS = 4, 12, 2  # measured are at least so many steps, and at least for so long
 BATCHES = 4  # different ones, in turn
 
 
@@ -261,7 +261,9 @@ class Bench:
             "sequence_length": self.length,
             "documents": self.documents,
             "parameters": self.model.num_parameters(),
-            "attention": resolve_backend(config.attention_backend, self.device, dtype),
+            "attention": resolve_backend(
+                config.attention_backend, self.device, dtype, token_block_shape(config).head_dim
+            ),
             "compiled": run.compile,
             "activation_checkpointing": run.activation_checkpointing,
         }
@@ -377,7 +379,7 @@ def bench_lengths(pair: str, architecture: str, overrides: Sequence[str], device
         bench.set_cross_attention(cross_attention)
         for length in LENGTHS:
             bench.set_documents(LENGTH_TOKENS // length, length)
-            measured = measure_throughput(bench, warm_up=1 if rows else 3, steps=2, seconds=0)
+            measured = measure_throughput(bench, warm_up=1 if rows else 3, steps=1, seconds=0)
             rows.append({**key, **bench.describe(), **measured})
             tell(rows[-1])
     except (RuntimeError, EvaluationError) as error:

@@ -95,24 +95,24 @@ PACKAGES = {"flash_attn": FA2, "flash_attn_4": FA4}
 )
 def test_auto(installed: list[str], taken: str, importable: set[str]):
     importable.update(installed)
-    assert resolve_backend("auto", CPU, torch.bfloat16) == "sdpa"
-    assert resolve_backend("auto", CUDA, torch.float32) == "sdpa"
-    assert resolve_backend("auto", CUDA, torch.bfloat16) == taken
-    assert resolve_backend("auto", CUDA, torch.float16) == taken
+    assert resolve_backend("auto", CPU, torch.bfloat16, 64) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.float32, 64) == "sdpa"
+    assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == taken
+    assert resolve_backend("auto", CUDA, torch.float16, 64) == taken
 
 
 def test_auto_leaves_flash_attn_4_to_gpus_that_have_it(importable: set[str], monkeypatch: pytest.MonkeyPatch):
     importable.add(FA4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert resolve_backend("auto", CUDA, torch.bfloat16) == "torch_varlen"
+    assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "torch_varlen"
     with pytest.raises(AttentionBackendError, match=r"Hopper or Blackwell GPU, got compute capability 8\.6"):
-        resolve_backend("flash_attn_4", CUDA, torch.bfloat16)
+        resolve_backend("flash_attn_4", CUDA, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen", "sdpa"])
 def test_a_named_backend_that_can_run_is_taken(backend: str, importable: set[str]):
     importable.update(PACKAGES.values())
-    assert resolve_backend(backend, CUDA, torch.bfloat16) == backend
+    assert resolve_backend(backend, CUDA, torch.bfloat16, 64) == backend
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float64)])
@@ -120,16 +120,25 @@ def test_a_named_backend_that_can_run_is_taken(backend: str, importable: set[str
 def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype, importable: set[str]):
     importable.update(PACKAGES.values())
     with pytest.raises(AttentionBackendError, match=f"'{backend}' needs fp16 or bf16 on a CUDA device") as error:
-        resolve_backend(backend, device, dtype)
+        resolve_backend(backend, device, dtype, 64)
     assert str(dtype) in str(error.value) and device.type in str(error.value)
     assert "attention_backend='auto'" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_head_dimensions_that_flash_attention_does_not_have(head_dim: int, importable: set[str]):
+    importable.update(PACKAGES.values())
+    assert resolve_backend("auto", CUDA, torch.bfloat16, head_dim) == "sdpa"
+    for backend in (*PACKAGES, "torch_varlen"):
+        with pytest.raises(AttentionBackendError, match=f"multiple of 8 up to 256, got {head_dim}: use another"):
+            resolve_backend(backend, CUDA, torch.bfloat16, head_dim)
 
 
 @pytest.mark.parametrize(("backend", "package"), [("flash_attn", "flash-attn"), ("flash_attn_4", "flash-attn-4")])
 def test_a_package_that_is_not_installed_is_an_error(backend: str, package: str, importable: set[str]):
     importable.update(set(PACKAGES.values()) - {PACKAGES[backend]})  # the other one's does not help
     with pytest.raises(AttentionBackendError, match=f"pip install {package},"):
-        resolve_backend(backend, CUDA, torch.bfloat16)
+        resolve_backend(backend, CUDA, torch.bfloat16, 64)
 
 
 def test_importable_looks_for_the_module_itself():
@@ -163,7 +172,7 @@ def stand_in(name: str, function, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
-    monkeypatch.setattr(dlcm.attention, "resolve_backend", lambda backend, device, dtype: backend)
+    monkeypatch.setattr(dlcm.attention, "resolve_backend", lambda backend, device, dtype, head_dim: backend)
     layout = packed([5, 1, 8, 2])
     assert_same_function(
         lambda q, k, v: causal_attention(q, k, v, layout, backend),
