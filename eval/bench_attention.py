@@ -364,18 +364,11 @@ def measure(case: Case, path: AttentionPath, problems: Sequence[Problem], stopwa
 
 
 def bench(
-    cases: Sequence[Case], paths: dict[str, AttentionPath], device: torch.device, quick: bool, seconds: float
-) -> list[Row]:
-    """A row for every case and path. What a path cannot do is told in its `note`; the others go on.
-
-    After `seconds`, the cases that are left are left out, and one line says so.
-    """
-    stopwatch, rows, given_up = Stopwatch(device, quick), [], set()
-    began = time.perf_counter()
-    for index, case in enumerate(cases):
-        if time.perf_counter() - began > seconds:
-            print(f"out of time: {len(cases) - index} cases are left out", flush=True)
-            break
+    cases: Sequence[Case], paths: dict[str, AttentionPath], device: torch.device, quick: bool
+) -> Iterator[list[Row]]:
+    """Case by case, a row for every path. What a path cannot do is told in its `note`; the others go on."""
+    stopwatch, given_up = Stopwatch(device, quick), set()
+    for case in cases:
         problems = [
             draw_problem(
                 [case.length],
@@ -389,6 +382,7 @@ def bench(
             )
             for seed in range(INPUT_SETS)
         ]
+        rows = []
         for name, path in paths.items():
             row: Row = {"path": name, **asdict(case), "slots": problems[0].layout.num_slots}
             if not path.is_installed:
@@ -405,7 +399,7 @@ def bench(
             rows.append(row)
             print(progress_line(row), flush=True)
             torch.cuda.empty_cache()
-    return rows
+        yield rows
 
 
 def progress_line(row: Row) -> str:
@@ -465,36 +459,34 @@ def exact_results(problem: Problem, weighting: SlotWeighting) -> tuple[Tensor, .
     return (out_THN, *torch.autograd.grad(out_THN, (q_THN, k_SKN, v_SKN), problem.dout_THN.double()))
 
 
-def bench_errors(device: torch.device) -> list[Row]:
-    """A row for each input, head dimension, dtype, weighting and path: relative errors against float64."""
-    rows: list[Row] = []
-    for (name, case), head_dim, dtype in itertools.product(
-        error_cases().items(), (64, 128), (torch.bfloat16, torch.float16, torch.float32)
-    ):
-        problem = draw_problem(
-            case.lengths, case.boundary_T, case.heads, case.kv_heads, head_dim, seed=1, device=device, dtype=dtype
-        )
-        weightings: tuple[SlotWeighting, ...] = ("replication", "uniform")
-        for weighting in weightings:
-            exact = exact_results(problem, weighting)
-            for path_name, path in paths_with_errors(case, weighting, dtype).items():
-                row: Row = {"input": name, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
-                row |= {"weighting": weighting, "path": path_name}
-                try:
-                    row |= relative_errors(path.run("forward_backward", problem), exact, problem.dout_THN)
-                except Exception as error:
-                    row["note"] = one_line(error)
-                rows.append(row)
-    return rows
+def bench_errors(device: torch.device) -> Iterator[list[Row]]:
+    """Input by input, a row for each head dimension, dtype, weighting and path: relative errors against float64."""
+    for name, case in error_cases().items():
+        rows: list[Row] = []
+        for head_dim, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16, torch.float32)):
+            problem = draw_problem(
+                case.lengths, case.boundary_T, case.heads, case.kv_heads, head_dim, seed=1, device=device, dtype=dtype
+            )
+            weightings: tuple[SlotWeighting, ...] = ("replication", "uniform")
+            for weighting in weightings:
+                exact = exact_results(problem, weighting)
+                for path_name, path in paths_with_errors(weighting, dtype).items():
+                    row: Row = {"input": name, "head_dim": head_dim, "dtype": str(dtype).removeprefix("torch.")}
+                    row |= {"weighting": weighting, "path": path_name}
+                    try:
+                        row |= relative_errors(path.run("forward_backward", problem), exact, problem.dout_THN)
+                    except Exception as error:
+                        row["note"] = one_line(error)
+                    rows.append(row)
+        print(f"errors: {name}", flush=True)
+        yield rows
 
 
-def paths_with_errors(case: ErrorCase, weighting: SlotWeighting, dtype: torch.dtype) -> dict[str, AttentionPath]:
-    """Paths that can compute the function; FlexAttention where it is compiled for the times anyway."""
+def paths_with_errors(weighting: SlotWeighting, dtype: torch.dtype) -> dict[str, AttentionPath]:
+    """Paths that can compute the function."""
     paths = {"ragged": ragged(weighting)}
     if weighting == "replication" and dtype != torch.float32:  # FlashAttention has half precision alone
         paths["replicated_fa2"] = replication("torch_varlen")
-    if weighting == "replication" and dtype == torch.bfloat16 and case.heads == case.kv_heads:
-        paths["flex"] = flex()
     return paths
 
 
@@ -503,22 +495,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
         raise EvaluationError("bench_attention times GPU kernels, but torch sees no CUDA device; run it on a GPU")
-    recorded = record(options.commit)
-    device = torch.device("cuda")
+    recorded, output, device = record(options.commit), Path(options.output), torch.device("cuda")
     cases = all_cases((2048, 8192), quick=True) if options.quick else all_cases()
+    rows: list[Row] = []
+    errors: list[Row] = []
     began = time.perf_counter()
-    errors = bench_errors(device)
-    rows = bench(cases, all_paths(), device, options.quick, options.seconds)
-    recorded["seconds"] = round(time.perf_counter() - began)
+
+    def write() -> None:
+        recorded["seconds"] = round(time.perf_counter() - began)
+        write_json(output / "attention.json", recorded, must_show(rows, errors), rows=rows, errors=errors)
+
+    for found, new_rows in itertools.chain(
+        zip(itertools.repeat(errors), bench_errors(device), strict=False),
+        zip(itertools.repeat(rows), bench(cases, all_paths(), device, options.quick), strict=False),
+    ):
+        found += new_rows
+        write()  # should the rest not come to an end
 
     bars = must_show(rows, errors)
-    output: Path = options.output
-    write_json(output / "attention.json", recorded, bars, rows=rows, errors=errors)
     write_csv(output / "attention.csv", rows)
     write_csv(output / "attention_errors.csv", errors)
     (output / "attention.md").write_text(page(recorded, bars, rows, errors), encoding="utf-8")
     plot(output / "attention.png", rows)
-
     print(f"\n{summary(rows, errors, bars)}\n\n{recorded['seconds']} s; files are in {output}")
 
 
@@ -527,7 +525,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.bench_attention", description="Times attention from tokens to concepts on one GPU."
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="where to write (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no more cases after so long")
     parser.add_argument("--quick", action="store_true", help="2K and 8K tokens, R = 4, few repetitions")
     parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     return parser.parse_args(arguments)
