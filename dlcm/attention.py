@@ -70,18 +70,18 @@ def resolve_backend(
 
 
 def _flash_attn_4_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if not _importable("flash_attn.cute"):
-        return "the flash-attn-4 package: pip install flash-attn-4"
     if (problem := _torch_varlen_obstacle(device, dtype, head_dim)) is not None:
         return problem
+    if not (importable("flash_attn.cute") and importable("cutlass")):  # flash-attn may bring the former alone
+        return "the flash-attn-4 package: pip install flash-attn-4"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 9 else f"a Hopper or Blackwell GPU, got compute capability {major}.{minor}"
 
 
 def _flash_attn_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if not _importable("flash_attn.flash_attn_interface"):
-        return "the flash-attn package: pip install flash-attn"
-    return _torch_varlen_obstacle(device, dtype, head_dim)
+    if (problem := _torch_varlen_obstacle(device, dtype, head_dim)) is not None:
+        return problem
+    return None if importable("flash_attn.flash_attn_interface") else "the flash-attn package: pip install flash-attn"
 
 
 def _torch_varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -154,11 +154,14 @@ def _sdpa(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> 
 
 
 @functools.cache
-def _importable(module: str) -> bool:
-    """Whether there is such a module. Both flash-attn packages are called flash_attn, and either may be there alone."""
+def importable(module: str) -> bool:
+    """Whether there is such a module, below parents that can be imported.
+
+    Both flash-attn packages are called flash_attn, and either may be there alone.
+    """
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
+    except ImportError:  # its parent is not there, or broken
         return False
 
 

@@ -137,6 +137,13 @@ class Block(nn.Module):
         return x_TW + self.ffn(self.ffn_norm(x_TW))
 
 
+def recompute_blocks_(model: nn.Module, recompute: bool) -> None:
+    """Sets activation checkpointing of every stack in a model."""
+    for module in model.modules():
+        if isinstance(module, TransformerStack):
+            module.recompute = recompute
+
+
 class TransformerStack(nn.Module):
     """`num_layers` blocks over packed documents, causal; the residual stream goes in and comes out un-normed.
 

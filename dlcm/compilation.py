@@ -10,6 +10,7 @@ last batch of an evaluation. And all blocks of a kind share their code: three ar
 
 import functools
 import os
+import shlex
 import shutil
 import types
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.layout import PackedLayout
 from dlcm.model import DLCMForCausalLM
 
-CONCEPT_BUCKET = 256  # two tiles of a matrix product: no more than the last of them is padding
+CONCEPT_BUCKET = 256  # two tiles of a matrix product, of thousands of concepts: padding costs a few per cent at most
 
 
 class CompilationError(RuntimeError):
@@ -78,7 +79,7 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
 
 def check_compiler(device: torch.device) -> None:
     """Raises CompilationError where torch.compile would find no C++ compiler for code on the CPU."""
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    compilers = shlex.split(os.environ["CXX"])[:1] if "CXX" in os.environ else ["g++", "clang++"]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise CompilationError(
             f"torch.compile needs a C++ compiler for a model on the CPU and found none ({', '.join(compilers)}): "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dlcm.attention import AttentionBackendError, causal_attention
 from dlcm.blocks import HeadNorm, Rope, apply_rope, rope_tables, token_block_shape
 from dlcm.config import AttentionBackend, CrossAttentionBackend, DLCMConfig, SlotWeighting
-from dlcm.layout import ConceptLayout
+from dlcm.layout import ConceptLayout, SlotGeometry
 
 
 def slot_attention(
@@ -50,7 +50,7 @@ def slot_attention(
     """
     match resolve_cross_backend(backend, weighting, q_THN):
         case "ragged":
-            from dlcm.kernels.ragged_attention import SlotGeometry, ragged_attention
+            from dlcm.kernels.ragged_attention import ragged_attention
 
             return ragged_attention(q_THN, k_SKN, v_SKN, SlotGeometry.from_layout(layout, weighting))
         case "replicated":
@@ -107,7 +107,9 @@ def replicated_attention(
 def masked_attention(
     q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: ConceptLayout, weighting: SlotWeighting
 ) -> Tensor:
-    """Attention over the slots with the bias written out, document by document; (T, H, N)."""
+    """Attention over the slots with the bias written out, document by document, in fp32 or wider; (T, H, N)."""
+    dtype, wide = q_THN.dtype, torch.promote_types(q_THN.dtype, torch.float32)
+    q_THN, k_SKN, v_SKN = q_THN.to(wide), k_SKN.to(wide), v_SKN.to(wide)
     tokens_D, slots_D = (cu_D1.diff().tolist() for cu_D1 in (layout.tokens.cu_seqlens_D1, layout.cu_slots_D1))
     newest_T = layout.slot_T - layout.cu_slots_D1[layout.tokens.document_T]
     outputs = []
@@ -116,9 +118,9 @@ def masked_attention(
     ):
         is_newest_ts = F.one_hot(newest_t, len(k_sKN))
         if weighting == "replication":
-            bias_ts = is_newest_ts.cumsum(0).to(q_THN.dtype).log()
+            bias_ts = is_newest_ts.cumsum(0).to(wide).log()
         else:
-            bias_ts = is_newest_ts.flip(1).cumsum(1).flip(1).to(q_THN.dtype).log()  # 0 up to the newest, then -inf
+            bias_ts = is_newest_ts.flip(1).cumsum(1).flip(1).to(wide).log()  # 0 up to the newest, then -inf
         out_HtN = F.scaled_dot_product_attention(
             q_tHN.transpose(0, 1)[None],
             k_sKN.transpose(0, 1)[None],
@@ -127,7 +129,7 @@ def masked_attention(
             enable_gqa=q_THN.shape[1] != k_SKN.shape[1],
         )[0]
         outputs.append(out_HtN.transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
 
 
 class CrossAttention(nn.Module):
@@ -158,9 +160,7 @@ class CrossAttention(nn.Module):
         slots_SC = self.slots(z_MC, layout)
         q_THN = self.queries(h_TE, self.rope(layout.tokens.position_T))
         k_SKN, v_SKN = self.keys_and_values(slots_SC, self.rope(layout.slot_position_S))
-        read_THN = slot_attention(
-            q_THN.to(v_SKN.dtype), k_SKN, v_SKN, layout, self.weighting, self.backend, self.causal_backend
-        )
+        read_THN = slot_attention(q_THN, k_SKN, v_SKN, layout, self.weighting, self.backend, self.causal_backend)
         return self.after_attention(h_TE, read_THN)
 
     def slots(self, z_MC: Tensor, layout: ConceptLayout) -> Tensor:

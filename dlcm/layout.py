@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlcm.config import Visibility
+from dlcm.config import SlotWeighting, Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +220,65 @@ class ConceptLayout:
         return self.concepts.total + self.concepts.num_documents
 
     @property
+    def real_length_M(self) -> Tensor:
+        """Tokens in each concept that is not padding."""
+        return self.length_M[: self.num_concepts]
+
+    @property
+    def real_cu_concepts_D1(self) -> Tensor:
+        """Where each document's concepts begin; the last entry is their number without padding."""
+        return self.concepts.cu_seqlens_D1.clamp(max=self.num_concepts)
+
+    @property
     def slot_position_S(self) -> Tensor:
         """Position of each slot's last token in its document; 0 for the null slot."""
         position_M = self.tokens.position_T[self.last_M]
         return position_M.new_zeros(self.num_slots).index_copy(0, self.slot_M, position_M)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGeometry:
+    """Which slots each token sees and how much each counts, as kernels read it (int32 and fp32).
+
+    Attributes:
+        oldest_T, newest_T: first and last slot that each token sees.
+        log2_newest_T: log2 n(t, newest slot): it grows with every token.
+        log2_count_S: log2 n(t, j) of every slot that is not t's newest; -inf where it never was anyone's.
+        start_S1: first token whose newest slot is j or a later one; T at the end.
+        end_S: where the tokens of the slot's document end.
+    """
+
+    oldest_T: Tensor
+    newest_T: Tensor
+    log2_newest_T: Tensor
+    log2_count_S: Tensor
+    start_S1: Tensor
+    end_S: Tensor
+
+    @classmethod
+    def from_layout(cls, layout: ConceptLayout, weighting: SlotWeighting = "replication") -> "SlotGeometry":
+        """A handful of small kernels, no host synchronisation.
+
+        Args:
+            layout: the ragged geometry.
+            weighting: `replication` counts a slot once per token mapped to it so far (Eq. 17), `uniform` once (Eq. 14).
+        """
+        newest_T = layout.slot_T.to(torch.int32)
+        slot_S1 = torch.arange(layout.num_slots + 1, dtype=torch.int32, device=newest_T.device)
+        start_S1 = torch.searchsorted(newest_T, slot_S1, out_int32=True)
+        document_S = torch.searchsorted(layout.cu_slots_D1[1:-1], slot_S1[:-1], right=True)
+        n_newest_T = torch.arange(1, len(newest_T) + 1, device=newest_T.device) - start_S1[layout.slot_T]
+        count_S = start_S1.diff()
+        if weighting == "uniform":
+            n_newest_T, count_S = torch.ones_like(n_newest_T), torch.ones_like(count_S)
+        return cls(
+            oldest_T=layout.cu_slots_D1[layout.tokens.document_T],
+            newest_T=newest_T,
+            log2_newest_T=n_newest_T.float().log2(),
+            log2_count_S=count_S.float().log2(),
+            start_S1=start_S1,
+            end_S=layout.tokens.cu_seqlens_D1[document_S + 1],
+        )
 
 
 def shapes_on_host(*sizes: Tensor) -> list[int]:

@@ -131,8 +131,8 @@ class DLCMForCausalLM(PackedCausalLM):
             aux_loss=aux_loss,
             boundary_probs=rows.unpack(decided.probability_T),
             boundaries=rows.unpack(decided.boundary_T),
-            concept_lengths=layout.length_M[: layout.num_concepts],
-            cu_concepts=layout.concepts.cu_seqlens_D1.clamp(max=layout.num_concepts),
+            concept_lengths=layout.real_length_M,
+            cu_concepts=layout.real_cu_concepts_D1,
             parser_statistics=statistics,
         )
         return output if return_dict else output.to_tuple()

@@ -141,9 +141,9 @@ def _finite(value: Any) -> Any:
 
 def _machine() -> dict[str, Any]:
     if not torch.cuda.is_available():
-        return {"device": platform.processor() or platform.machine(), "memory_gb": None, "driver": None}
+        return {"device": platform.processor() or platform.machine(), "memory": None, "driver": None}
     properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1), "driver": _driver()}
+    return {"device": properties.name, "memory": f"{properties.total_memory / 1e9:.0f} GB", "driver": _driver()}
 
 
 def _driver() -> str | None:

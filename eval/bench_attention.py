@@ -21,7 +21,6 @@ for each pair of token and visible slot, 3.5 times that with the backward): what
 import argparse
 import functools
 import gc
-import importlib.util
 import itertools
 import math
 import statistics
@@ -37,9 +36,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dlcm.attention import importable
 from dlcm.config import AttentionBackend, SlotWeighting
 from dlcm.cross_attention import masked_attention, replicated_attention
-from dlcm.layout import ConceptLayout, PackedLayout
+from dlcm.layout import ConceptLayout, PackedLayout, SlotGeometry
 from eval.bench import Row, one_line, record, write_csv, write_json
 from eval.bench_attention_report import RESULTS, must_show, page, plot, summary
 from eval.loading import EvaluationError, report_errors
@@ -162,14 +162,6 @@ class AttentionPath:
         return (out_THN, *torch.autograd.grad(out_THN, problem.inputs, problem.dout_THN))
 
 
-def importable(module: str) -> bool:
-    """Whether a module can be found, without importing more than its parents."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def replication(
     backend: AttentionBackend,
     package: str | None = None,
@@ -206,14 +198,9 @@ def flex(compiled: bool = True) -> AttentionPath:
     """FlexAttention from tokens to slots. Uncompiled it is slow and plain, and runs anywhere."""
 
     def prepare(layout: ConceptLayout) -> FlexPreparation:
-        newest_T = layout.slot_T.int()
-        oldest_T = layout.cu_slots_D1[layout.tokens.document_T]
-        # n(t, j) is how many tokens up to t have j as their newest slot: all of j's, unless t is one of them.
-        count_S = torch.zeros(layout.num_slots, device=newest_T.device)
-        count_S.scatter_add_(0, layout.slot_T, torch.ones_like(newest_T, dtype=count_S.dtype))
-        start_S = count_S.cumsum(0) - count_S
-        log_count_S = count_S.log()
-        log_newest_T = (torch.arange(1, len(newest_T) + 1, device=newest_T.device) - start_S[layout.slot_T]).log()
+        geometry = SlotGeometry.from_layout(layout)
+        oldest_T, newest_T = geometry.oldest_T, geometry.newest_T
+        log_count_S, log_newest_T = (math.log(2) * x for x in (geometry.log2_count_S, geometry.log2_newest_T))
 
         def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return (s >= oldest_T[t]) & (s <= newest_T[t])
@@ -248,7 +235,7 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
 
 def ragged(weighting: SlotWeighting = "replication") -> AttentionPath:
     """The fused kernel, and the small tensors it reads the layout from."""
-    from dlcm.kernels.ragged_attention import SlotGeometry, ragged_attention  # needs triton
+    from dlcm.kernels.ragged_attention import ragged_attention  # needs triton
 
     def attend(problem: Problem, geometry: SlotGeometry) -> Tensor:
         return ragged_attention(*problem.inputs, geometry)
@@ -348,7 +335,8 @@ def measure(case: Case, path: AttentionPath, problems: Sequence[Problem], stopwa
     for which in PASSES:
         whole = [functools.partial(path.run, which, problem) for problem in problems]
         whole[0]()  # compiles
-        ms, row["timed_by"] = stopwatch.kernels(whole)
+        ms, timed_by = stopwatch.kernels(whole)
+        row["timed_by"] = "events" if "events" in (timed_by, row.get("timed_by")) else "graph"
         row[f"{which}_ms"] = row[f"{which}_prepared_ms"] = ms
         if path.prepare is not None:
             prepared = [
@@ -505,12 +493,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recorded["seconds"] = round(time.perf_counter() - began)
         write_json(output / "attention.json", recorded, must_show(rows, errors), rows=rows, errors=errors)
 
-    for found, new_rows in itertools.chain(
-        zip(itertools.repeat(errors), bench_errors(device), strict=False),
-        zip(itertools.repeat(rows), bench(cases, all_paths(), device, options.quick), strict=False),
-    ):
-        found += new_rows
+    for of_input in bench_errors(device):
+        errors += of_input
         write()  # should the rest not come to an end
+    for of_case in bench(cases, all_paths(), device, options.quick):
+        rows += of_case
+        write()
 
     bars = must_show(rows, errors)
     write_csv(output / "attention.csv", rows)

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.attention import resolve_backend
-from dlcm.blocks import TransformerStack, token_block_shape
+from dlcm.blocks import TransformerStack, recompute_blocks_, token_block_shape
 from dlcm.boundary import Boundaries, LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
@@ -66,6 +66,7 @@ from train.pretrain import build_optimizer
 from train.step import (
     Model,
     StepSums,
+    collector_whole_afterwards,
     forward_backward,
     spare_the_collector,
     training_flops,
@@ -201,9 +202,7 @@ class Bench:
                     self.model.detector = detector
             else:
                 self.model = LlamaBaselineForCausalLM(config)
-        for module in self.model.modules():
-            if isinstance(module, TransformerStack):
-                module.recompute = run.activation_checkpointing == "full"
+        recompute_blocks_(self.model, run.activation_checkpointing == "full")
         if run.compile:
             compile_blocks_(self.model)
         self.model.train()
@@ -279,6 +278,8 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
         bench.step()
     spare_the_collector()
     bench.synchronize()
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     outcomes: list[tuple[Tensor, Tensor]] = []
     began = time.perf_counter()
     while len(outcomes) < steps or time.perf_counter() - began < seconds:
@@ -379,7 +380,7 @@ def bench_lengths(pair: str, architecture: str, overrides: Sequence[str], device
         bench.set_cross_attention(cross_attention)
         for length in LENGTHS:
             bench.set_documents(LENGTH_TOKENS // length, length)
-            measured = measure_throughput(bench, warm_up=1 if rows else 3, steps=1, seconds=0)
+            measured = measure_throughput(bench, warm_up=1 if rows else 3, steps=2, seconds=0)
             rows.append({**key, **bench.describe(), **measured})
             tell(rows[-1])
     except (RuntimeError, EvaluationError) as error:
@@ -390,12 +391,10 @@ def bench_lengths(pair: str, architecture: str, overrides: Sequence[str], device
 
 @contextmanager
 def released_memory() -> Iterator[None]:
-    """What was allocated and compiled inside is gone afterwards; the peak is counted anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    yield
+    """What was allocated and compiled inside is gone afterwards."""
+    with collector_whole_afterwards():
+        yield
     torch._dynamo.reset()
-    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -412,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     parts: Sequence[str] = options.parts if options.parts is not None else () if options.merge else PARTS
     sources = [json.loads(path.read_text(encoding="utf-8")) for path in options.merge]
-    rows = merge_rows(source["rows"] for source in sources)
+    rows = merge_rows([{"commit": source["commit"], **row} for row in source["rows"]] for source in sources)
     if parts:
         if not torch.cuda.is_available():
             raise EvaluationError("bench_training times training on a GPU, but torch sees no CUDA device")
@@ -421,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for measure in jobs(options.pairs, parts, options.set, torch.device("cuda")):
         with released_memory():
-            rows = merge_rows([rows, measure()])
+            rows = merge_rows([rows, [{"commit": sources[-1]["commit"], **row} for row in measure()]])
         write_json(
             output / "training.json", recorded, must_show(rows), rows=rows
         )  # should a later one not come to an end

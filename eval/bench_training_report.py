@@ -35,11 +35,13 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One record for results of several calls.
 
     Raises:
-        EvaluationError: they were measured on different machines.
+        EvaluationError: they were measured on different machines, or with different versions.
     """
     machines = {record["machine"]["device"] for record in records}
     if len(machines) != 1:
         raise EvaluationError(f"results of different machines ({', '.join(sorted(machines))}): measure them on one")
+    if any(record["versions"] != records[0]["versions"] for record in records):
+        raise EvaluationError("results of different versions of torch and others: measure them with the same")
     joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
     last = records[-1]
     return {

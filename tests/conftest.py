@@ -5,10 +5,15 @@ examples in every run.
 """
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -18,6 +23,14 @@ if not torch.cuda.is_available():
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
 from dlcm.causal_lm import IGNORED, PackedCausalLM
+
+# torch.compile on the CPU writes C++.
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile on the CPU needs a C++ compiler and Python's headers",
+)
+# triton is for Linux alone
+collect_ignore = [] if find_spec("triton") else ["dlcm/test_ragged_attention.py", "eval/test_bench_attention.py"]
 
 settings.register_profile("dlcm", derandomize=True, deadline=None, database=None)
 settings.load_profile("dlcm")

@@ -5,8 +5,9 @@
     torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel
 
 Whatever a step does is a function of (seed, step): its windows of text, its learning rate, its sharpening and its
-boundary draws. So a run that was stopped and resumed unchanged is, bit for bit, the run that was not. A resumed run
-may change everything but `model` and `output`; with another seed or batch, steps to come are those of the new values.
+boundary draws. So a run that was stopped and resumed unchanged is the run that was not: bit for bit on the CPU without
+`compile`; otherwise but for the order in which attention and compiled reductions sum. A resumed run may change
+everything but `model` and `output`; with another seed or batch, steps to come are those of the new values.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.attention import AttentionBackendError
-from dlcm.blocks import TransformerStack
+from dlcm.blocks import recompute_blocks_
 from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.flops import forward_flops
 from dlcm.mup import parameter_groups
@@ -59,6 +60,7 @@ from train.step import (
     Model,
     StepNumbers,
     UnreadNumbers,
+    collector_whole_afterwards,
     concept_metrics,
     forward_backward,
     mean_losses,
@@ -69,7 +71,7 @@ from train.step import (
 )
 from train.tokenizer import TokenizerError, load_tokenizer
 
-WARM_UP_STEPS = 3  # after which all code is compiled
+WARM_UP_STEPS = 3  # after which a training step compiles nothing more
 
 
 class TrainingError(RuntimeError):
@@ -119,9 +121,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     if checkpoint is not None:
         check_continues(state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
-    for module in model.modules():
-        if isinstance(module, TransformerStack):
-            module.recompute = run.activation_checkpointing == "full"
+    recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
     parallel = DistributedDataParallel(model) if ranks.size > 1 else model
@@ -149,6 +149,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         StopSignal(repeats=ranks.size > 1) as stop,
         MetricsLog(run_dir, state.step, active=ranks.is_first) as log,
         progress_bar(run.schedule.steps, state.step, shown=ranks.is_first) as bar,
+        collector_whole_afterwards(),
     ):
 
         def validate() -> None:

@@ -10,8 +10,8 @@ decided there (`update_parameters`). The host reads a step's numbers when the de
 import functools
 import gc
 import operator
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,6 +197,15 @@ def spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def collector_whole_afterwards() -> Iterator[None]:
+    """Whatever the garbage collector was spared meanwhile is its business again."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class StepNumbers(NamedTuple):

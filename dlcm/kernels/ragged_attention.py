@@ -6,8 +6,10 @@ is attention over the slots themselves with the bias
     log n(t, j),   n(t, j) = min(t + 1, start[j + 1]) - start[j],
 
 start[j] being the first position whose newest slot is j or a later one: R times less work, no mask, no replicated
-tensors. Per score, this is one addition. Each row stops at its own newest slot; only the tile where that happens, and
-tiles that straddle two documents, look at single entries.
+tensors. Per score, this is one addition. Each row stops at its own newest slot; only where that happens, and for tokens
+of several documents in one tile, is there a look at single entries.
+
+Inputs must be finite: a tile of several documents multiplies by zero what a row does not see, and 0 times inf is NaN.
 
     forward   one program for BLOCK_T tokens and a head, over the slots they see
     backward  the same for dQ (and for delta, the row sums of dO * O); one program for BLOCK_S slots and a head for
@@ -28,57 +30,11 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dlcm.config import SlotWeighting
-from dlcm.layout import ConceptLayout
+from dlcm.layout import SlotGeometry
 
 HEAD_DIMS = (16, 32, 64, 128)  # others are padded with zeros to the next
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True)
-class SlotGeometry:
-    """Which slots each token sees and how much each counts, as the kernels read it (int32 and fp32).
-
-    Attributes:
-        oldest_T, newest_T: first and last slot that each token sees.
-        log2_newest_T: log2 n(t, newest slot): it grows with every token.
-        log2_count_S: log2 n(t, j) of every slot that is not t's newest; -inf where it never was anyone's.
-        start_S1: first token whose newest slot is j or a later one; T at the end.
-        end_S: where the tokens of the slot's document end.
-    """
-
-    oldest_T: Tensor
-    newest_T: Tensor
-    log2_newest_T: Tensor
-    log2_count_S: Tensor
-    start_S1: Tensor
-    end_S: Tensor
-
-    @classmethod
-    def from_layout(cls, layout: ConceptLayout, weighting: SlotWeighting = "replication") -> "SlotGeometry":
-        """A handful of small kernels, no host synchronisation.
-
-        Args:
-            layout: the ragged geometry.
-            weighting: `replication` counts a slot once per token mapped to it so far (Eq. 17), `uniform` once (Eq. 14).
-        """
-        newest_T = layout.slot_T.to(torch.int32)
-        slot_S1 = torch.arange(layout.num_slots + 1, dtype=torch.int32, device=newest_T.device)
-        start_S1 = torch.searchsorted(newest_T, slot_S1, out_int32=True)
-        document_S = torch.searchsorted(layout.cu_slots_D1[1:-1], slot_S1[:-1], right=True)
-        n_newest_T = torch.arange(1, len(newest_T) + 1, device=newest_T.device) - start_S1[layout.slot_T]
-        count_S = start_S1.diff()
-        if weighting == "uniform":
-            n_newest_T, count_S = torch.ones_like(n_newest_T), torch.ones_like(count_S)
-        return cls(
-            oldest_T=layout.cu_slots_D1[layout.tokens.document_T],
-            newest_T=newest_T,
-            log2_newest_T=n_newest_T.float().log2(),
-            log2_count_S=count_S.float().log2(),
-            start_S1=start_S1,
-            end_S=layout.tokens.cu_seqlens_D1[document_S + 1],
-        )
 
 
 def ragged_attention(q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, geometry: SlotGeometry) -> Tensor:
@@ -120,6 +76,8 @@ def obstacle(q_THN: Tensor) -> str | None:
     if q_THN.shape[2] > HEAD_DIMS[-1]:
         return f"has head dimensions up to {HEAD_DIMS[-1]}, got {q_THN.shape[2]}: use more heads"
     if q_THN.device.type == "cuda":
+        if torch.version.hip is not None or torch.cuda.get_device_capability(q_THN.device) < (9, 0):
+            return "needs an NVIDIA GPU of compute capability 9.0 or more (Hopper), for which its tiles were made"
         return None
     if not isinstance(_forward_kernel, InterpretedFunction):
         return f"needs CUDA, got tensors on {q_THN.device.type} (or TRITON_INTERPRET=1 from the start, to try it there)"
@@ -144,22 +102,23 @@ def _ragged_attention(
     out_THN = torch.empty_like(q_THN)
     lse_HT = q_THN.new_empty((heads, tokens), dtype=torch.float32)
     tile = FORWARD_TILES[_precision(q_THN)][head_dim]
-    _forward_kernel[(heads, triton.cdiv(tokens, tile.block_t))](
-        _by_head(q_THN, tile.block_t),
-        _by_head(k_SKN, tile.block_s),
-        _by_head(v_SKN, tile.block_s),
-        _by_head(out_THN, tile.block_t),
-        lse_HT,
-        oldest_T,
-        newest_T,
-        log2_newest_T,
-        log2_count_S,
-        scale * LOG2_E,
-        tokens,
-        k_SKN.shape[0],
-        GROUP=heads // k_SKN.shape[1],
-        **tile.arguments(head_dim, q_THN.dtype),
-    )
+    with torch.cuda.device_of(q_THN):
+        _forward_kernel[(heads, triton.cdiv(tokens, tile.block_t))](
+            _by_head(q_THN, tile.block_t),
+            _by_head(k_SKN, tile.block_s),
+            _by_head(v_SKN, tile.block_s),
+            _by_head(out_THN, tile.block_t),
+            lse_HT,
+            oldest_T,
+            newest_T,
+            log2_newest_T,
+            log2_count_S,
+            scale * LOG2_E,
+            tokens,
+            k_SKN.shape[0],
+            GROUP=heads // k_SKN.shape[1],
+            **tile.arguments(head_dim, q_THN.dtype),
+        )
     return out_THN, lse_HT
 
 
@@ -194,53 +153,55 @@ def _ragged_attention_backward(
     delta_HT = torch.empty_like(lse_HT)
 
     tile = QUERY_TILES[precision][head_dim]
-    _query_gradient_kernel[(heads, triton.cdiv(tokens, tile.block_t))](
-        _by_head(q_THN, tile.block_t),
-        _by_head(k_SKN, tile.block_s),
-        _by_head(v_SKN, tile.block_s),
-        _by_head(out_THN, tile.block_t),
-        _by_head(dout_THN, tile.block_t),
-        _by_head(dq_THN, tile.block_t),
-        lse_HT,
-        delta_HT,
-        oldest_T,
-        newest_T,
-        log2_newest_T,
-        log2_count_S,
-        scale,
-        scale * LOG2_E,
-        tokens,
-        slots,
-        GROUP=group,
-        **tile.arguments(head_dim, q_THN.dtype),
-    )
+    with torch.cuda.device_of(q_THN):
+        _query_gradient_kernel[(heads, triton.cdiv(tokens, tile.block_t))](
+            _by_head(q_THN, tile.block_t),
+            _by_head(k_SKN, tile.block_s),
+            _by_head(v_SKN, tile.block_s),
+            _by_head(out_THN, tile.block_t),
+            _by_head(dout_THN, tile.block_t),
+            _by_head(dq_THN, tile.block_t),
+            lse_HT,
+            delta_HT,
+            oldest_T,
+            newest_T,
+            log2_newest_T,
+            log2_count_S,
+            scale,
+            scale * LOG2_E,
+            tokens,
+            slots,
+            GROUP=group,
+            **tile.arguments(head_dim, q_THN.dtype),
+        )
 
     # Every query head writes its own; heads of a group are added up afterwards, in fp32.
     shape, dtype = (slots, heads, head_dim), k_SKN.dtype if group == 1 else torch.float32
     dk_SHN, dv_SHN = k_SKN.new_empty(shape, dtype=dtype), v_SKN.new_empty(shape, dtype=dtype)
     tile = KEY_VALUE_TILES[precision][head_dim]
-    _key_value_gradient_kernel[(heads, triton.cdiv(slots, tile.block_s))](
-        _by_head(q_THN, tile.block_t),
-        _by_head(k_SKN, tile.block_s),
-        _by_head(v_SKN, tile.block_s),
-        _by_head(dout_THN, tile.block_t),
-        _by_head(dk_SHN, tile.block_s),
-        _by_head(dv_SHN, tile.block_s),
-        lse_HT,
-        delta_HT,
-        oldest_T,
-        newest_T,
-        log2_newest_T,
-        log2_count_S,
-        start_S1,
-        end_S,
-        scale,
-        scale * LOG2_E,
-        tokens,
-        slots,
-        GROUP=group,
-        **tile.arguments(head_dim, q_THN.dtype),
-    )
+    with torch.cuda.device_of(q_THN):
+        _key_value_gradient_kernel[(heads, triton.cdiv(slots, tile.block_s))](
+            _by_head(q_THN, tile.block_t),
+            _by_head(k_SKN, tile.block_s),
+            _by_head(v_SKN, tile.block_s),
+            _by_head(dout_THN, tile.block_t),
+            _by_head(dk_SHN, tile.block_s),
+            _by_head(dv_SHN, tile.block_s),
+            lse_HT,
+            delta_HT,
+            oldest_T,
+            newest_T,
+            log2_newest_T,
+            log2_count_S,
+            start_S1,
+            end_S,
+            scale,
+            scale * LOG2_E,
+            tokens,
+            slots,
+            GROUP=group,
+            **tile.arguments(head_dim, q_THN.dtype),
+        )
     if group > 1:
         dk_SHN, dv_SHN = (x.unflatten(1, (kv_heads, group)).sum(2).to(k_SKN.dtype) for x in (dk_SHN, dv_SHN))
     return dq_THN, dk_SHN, dv_SHN

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,20 +81,26 @@ def test_auto_runs_the_reference_on_cpu():
 def importable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The modules that seem to be installed."""
     names: set[str] = set()
-    monkeypatch.setattr(dlcm.attention, "_importable", names.__contains__)
+    monkeypatch.setattr(dlcm.attention, "importable", names.__contains__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return names
 
 
-FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute"
+FA2, FA4 = {"flash_attn.flash_attn_interface"}, {"flash_attn.cute", "cutlass"}
 PACKAGES = {"flash_attn": FA2, "flash_attn_4": FA4}
 
 
 @pytest.mark.parametrize(
     ("installed", "taken"),
-    [([], "torch_varlen"), ([FA2], "flash_attn"), ([FA4], "flash_attn_4"), ([FA2, FA4], "flash_attn_4")],
+    [
+        (set(), "torch_varlen"),
+        (FA2, "flash_attn"),
+        (FA2 | {"flash_attn.cute"}, "flash_attn"),  # as flash-attn may be packaged
+        (FA4, "flash_attn_4"),
+        (FA2 | FA4, "flash_attn_4"),
+    ],
 )
-def test_auto(installed: list[str], taken: str, importable: set[str]):
+def test_auto(installed: set[str], taken: str, importable: set[str]):
     importable.update(installed)
     assert resolve_backend("auto", CPU, torch.bfloat16, 64) == "sdpa"
     assert resolve_backend("auto", CUDA, torch.float32, 64) == "sdpa"
@@ -102,7 +109,7 @@ def test_auto(installed: list[str], taken: str, importable: set[str]):
 
 
 def test_auto_leaves_flash_attn_4_to_gpus_that_have_it(importable: set[str], monkeypatch: pytest.MonkeyPatch):
-    importable.add(FA4)
+    importable.update(FA4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "torch_varlen"
     with pytest.raises(AttentionBackendError, match=r"Hopper or Blackwell GPU, got compute capability 8\.6"):
@@ -111,14 +118,14 @@ def test_auto_leaves_flash_attn_4_to_gpus_that_have_it(importable: set[str], mon
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen", "sdpa"])
 def test_a_named_backend_that_can_run_is_taken(backend: str, importable: set[str]):
-    importable.update(PACKAGES.values())
+    importable.update(FA2 | FA4)
     assert resolve_backend(backend, CUDA, torch.bfloat16, 64) == backend
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float64)])
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen"])
 def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype, importable: set[str]):
-    importable.update(PACKAGES.values())
+    importable.update(FA2 | FA4)
     with pytest.raises(AttentionBackendError, match=f"'{backend}' needs fp16 or bf16 on a CUDA device") as error:
         resolve_backend(backend, device, dtype, 64)
     assert str(dtype) in str(error.value) and device.type in str(error.value)
@@ -127,7 +134,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(backend: str, device, dtype
 
 @pytest.mark.parametrize("head_dim", [12, 264])
 def test_head_dimensions_that_flash_attention_does_not_have(head_dim: int, importable: set[str]):
-    importable.update(PACKAGES.values())
+    importable.update(FA2 | FA4)
     assert resolve_backend("auto", CUDA, torch.bfloat16, head_dim) == "sdpa"
     for backend in (*PACKAGES, "torch_varlen"):
         with pytest.raises(AttentionBackendError, match=f"multiple of 8 up to 256, got {head_dim}: use another"):
@@ -136,16 +143,24 @@ def test_head_dimensions_that_flash_attention_does_not_have(head_dim: int, impor
 
 @pytest.mark.parametrize(("backend", "package"), [("flash_attn", "flash-attn"), ("flash_attn_4", "flash-attn-4")])
 def test_a_package_that_is_not_installed_is_an_error(backend: str, package: str, importable: set[str]):
-    importable.update(set(PACKAGES.values()) - {PACKAGES[backend]})  # the other one's does not help
+    importable.update((FA2 | FA4) - PACKAGES[backend])  # the other one's does not help
     with pytest.raises(AttentionBackendError, match=f"pip install {package},"):
         resolve_backend(backend, CUDA, torch.bfloat16, 64)
 
 
-def test_importable_looks_for_the_module_itself():
-    dlcm.attention._importable.cache_clear()
-    assert dlcm.attention._importable("torch.nn")
-    assert not dlcm.attention._importable("torch.no_such_module")
-    assert not dlcm.attention._importable("no_such_package.module")
+def test_importable_looks_for_the_module_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    (tmp_path / "broken_package" / "part.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    importable = dlcm.attention.importable
+    assert importable("torch.nn") and not importable("torch.no_such_module")
+    assert not importable("no_such_package.module") and not importable("broken_package.part")
+
+
+def test_the_cpu_does_not_look_for_packages(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dlcm.attention, "importable", lambda module: pytest.fail(f"looked for {module}"))
+    assert resolve_backend("auto", CPU, torch.bfloat16, 64) == "sdpa"
 
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash_attn", "torch_varlen"])

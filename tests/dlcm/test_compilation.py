@@ -21,7 +21,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.concepts import AdjacentSmoothing
 from dlcm.layout import PackedLayout
-from tests.conftest import arrange, random_documents, tiny_baseline, tiny_dlcm
+from tests.conftest import arrange, needs_compiler, random_documents, tiny_baseline, tiny_dlcm
 from tests.waits import counting_waits, masked_sdpa
 
 BUILDERS: list[Callable[..., PackedCausalLM]] = [tiny_dlcm, tiny_baseline]
@@ -111,7 +111,7 @@ def test_other_parts_compile(segmenter: str):
     assert_same(model, compiled_copy(model), random_documents([9, 7], 0), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 def test_inductor_under_bf16_autocast_is_as_exact_as_eager():
     """Fewer roundings between operations: what is compiled is no further from float64 than what is not."""
     exact = tiny_baseline()

@@ -1,10 +1,6 @@
 """Cross-entropy without logits against `F.cross_entropy` of all of them, and that it never holds more than a chunk."""
 
-import os
 import re
-import shutil
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlcm.linear_cross_entropy import IGNORED, _softmax_step, linear_cross_entropy
+from tests.conftest import needs_compiler
 
 WIDTH, CHUNK = 12, 8
 VOCABULARIES = [37, 128]  # with and without padding
@@ -240,12 +237,6 @@ def test_double_backward_is_refused():
 
 
 # Compiled
-
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-    reason="torch.compile on the CPU needs a C++ compiler and Python's headers",
-)
 
 
 @needs_compiler

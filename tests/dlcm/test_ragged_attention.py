@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from dlcm.attention import AttentionBackendError
 from dlcm.cross_attention import masked_attention, replicated_attention, resolve_cross_backend, slot_attention
 from dlcm.kernels import ragged_attention as kernel
-from dlcm.kernels.ragged_attention import SlotGeometry, Tile, ragged_attention
-from dlcm.layout import ConceptLayout, PackedLayout
+from dlcm.kernels.ragged_attention import Tile, ragged_attention
+from dlcm.layout import ConceptLayout, PackedLayout, SlotGeometry
 from tests.dlcm.test_attention import assert_same_function
 from tests.dlcm.test_cross_attention import EXTREMES, VISIBILITIES, concept_layout, dense_attention
 
@@ -182,6 +182,7 @@ def test_half_precision_is_as_good_as_replication(head_dim: int, dtype: torch.dt
         assert error <= 1.5 * max(float(bar), floor), f"{name}: {error:.1e} against {bar:.1e}"
 
 
+@NEEDS_CUDA  # the interpreter runs one program after the other
 def test_gradients_are_the_same_every_time():
     layout = to_device(random_layout([90, 31], 0.4, "closed"))
     inputs = random_inputs(layout, 4, 2, 16, seed=0)

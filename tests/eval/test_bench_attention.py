@@ -17,7 +17,6 @@ from eval.bench_attention import (
     error_cases,
     exact_results,
     flex,
-    importable,
     main,
     relative_errors,
     replication,
@@ -64,7 +63,7 @@ def test_visible_pairs_are_those_of_the_mask() -> None:
     assert visible_pairs(problem.layout) == (1 + 1 + 2 + 2 + 2) + (1 + 2 + 3)
 
 
-def test_cases_are_those_of_the_issue() -> None:
+def test_cases_cover_lengths_ratios_and_head_dimensions() -> None:
     cases = all_cases()
     assert len(cases) == len(set(cases)) == 5 * len(LENGTHS)
     assert {case.head_dim for case in cases if (case.boundaries, case.ratio) != ("random", 4)} == {64}
@@ -84,9 +83,8 @@ def test_error_inputs_are_as_they_are_called() -> None:
     assert cases["all boundary"].boundary_T.all() and cases["one concept"].boundary_T.sum() == 1
 
 
-def test_paths_are_all_labelled_and_missing_packages_known() -> None:
+def test_paths_are_all_labelled() -> None:
     assert set(all_paths()) == set(LABELS)
-    assert importable("torch.nn") and not importable("torch.no_such_module") and not importable("no_such_package.x")
 
 
 def test_relative_errors_of_a_zero_gradient_are_those_of_the_output_gradient() -> None:

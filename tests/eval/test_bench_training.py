@@ -92,7 +92,8 @@ def test_throughput_counts_what_the_steps_had(architecture: str) -> None:
     assert (row["tokens_per_concept"] is None) == (architecture == "llama")
     bench.set_documents(1, 32)
     assert bench.describe()["sequence_length"] == 32
-    assert measure_throughput(bench, 0, 1, 0)["flops_per_token"] < row["flops_per_token"] or architecture == "dlcm"
+    if architecture == "llama":  # the other's FLOPs also vary with its concepts
+        assert measure_throughput(bench, 0, 1, 0)["flops_per_token"] < row["flops_per_token"]
 
 
 def test_a_skipped_step_is_no_measurement() -> None:
@@ -224,6 +225,8 @@ def test_records_of_one_machine_are_joined() -> None:
     assert joined["command"] == "a; b" and joined["commit"] == "abc"
     with pytest.raises(EvaluationError, match="different machines"):
         merge_records([fake_record(), fake_record("H200")])
+    with pytest.raises(EvaluationError, match="different versions"):
+        merge_records([fake_record(), fake_record() | {"versions": {"torch": "0"}}])
 
 
 def test_tables_say_what_rows_say() -> None:
