@@ -284,8 +284,8 @@ class SlotGeometry:
 def shapes_on_host(*sizes: Tensor) -> list[int]:
     """Sizes that the device has computed, as integers.
 
-    Waits for the device: the one host synchronisation of a training step. Everything it shapes, M and what follows
-    from it, is known from here on.
+    Waits for the device: the one host synchronisation of a micro-batch. Everything it shapes, M and what follows from
+    it, is known from here on.
     """
     return torch.stack(sizes).tolist()
 

@@ -148,12 +148,16 @@ def _ragged_attention_backward(
     tokens, heads, head_dim = q_THN.shape
     slots, kv_heads, _ = k_SKN.shape
     group = heads // kv_heads
-    precision = _precision(q_THN)
     dq_THN = torch.empty_like(q_THN)
     delta_HT = torch.empty_like(lse_HT)
+    # Every query head writes its own; heads of a group are added up afterwards, in fp32.
+    shape, dtype = (slots, heads, head_dim), k_SKN.dtype if group == 1 else torch.float32
+    dk_SHN, dv_SHN = k_SKN.new_empty(shape, dtype=dtype), v_SKN.new_empty(shape, dtype=dtype)
 
-    tile = QUERY_TILES[precision][head_dim]
+    seen = (oldest_T, newest_T, log2_newest_T, log2_count_S)
+    sizes = (scale, scale * LOG2_E, tokens, slots)
     with torch.cuda.device_of(q_THN):
+        tile = QUERY_TILES[_precision(q_THN)][head_dim]
         _query_gradient_kernel[(heads, triton.cdiv(tokens, tile.block_t))](
             _by_head(q_THN, tile.block_t),
             _by_head(k_SKN, tile.block_s),
@@ -161,25 +165,11 @@ def _ragged_attention_backward(
             _by_head(out_THN, tile.block_t),
             _by_head(dout_THN, tile.block_t),
             _by_head(dq_THN, tile.block_t),
-            lse_HT,
-            delta_HT,
-            oldest_T,
-            newest_T,
-            log2_newest_T,
-            log2_count_S,
-            scale,
-            scale * LOG2_E,
-            tokens,
-            slots,
+            *(lse_HT, delta_HT, *seen, *sizes),
             GROUP=group,
             **tile.arguments(head_dim, q_THN.dtype),
         )
-
-    # Every query head writes its own; heads of a group are added up afterwards, in fp32.
-    shape, dtype = (slots, heads, head_dim), k_SKN.dtype if group == 1 else torch.float32
-    dk_SHN, dv_SHN = k_SKN.new_empty(shape, dtype=dtype), v_SKN.new_empty(shape, dtype=dtype)
-    tile = KEY_VALUE_TILES[precision][head_dim]
-    with torch.cuda.device_of(q_THN):
+        tile = KEY_VALUE_TILES[_precision(q_THN)][head_dim]
         _key_value_gradient_kernel[(heads, triton.cdiv(slots, tile.block_s))](
             _by_head(q_THN, tile.block_t),
             _by_head(k_SKN, tile.block_s),
@@ -187,18 +177,7 @@ def _ragged_attention_backward(
             _by_head(dout_THN, tile.block_t),
             _by_head(dk_SHN, tile.block_s),
             _by_head(dv_SHN, tile.block_s),
-            lse_HT,
-            delta_HT,
-            oldest_T,
-            newest_T,
-            log2_newest_T,
-            log2_count_S,
-            start_S1,
-            end_S,
-            scale,
-            scale * LOG2_E,
-            tokens,
-            slots,
+            *(lse_HT, delta_HT, *seen, start_S1, end_S, *sizes),
             GROUP=group,
             **tile.arguments(head_dim, q_THN.dtype),
         )
