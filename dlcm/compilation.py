@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from dlcm.blocks import TransformerStack
 from dlcm.boundary import FixedDetector
 from dlcm.causal_lm import PackedCausalLM
-from dlcm.layout import PackedLayout
+from dlcm.layout import ConceptRooms, PackedLayout
 from dlcm.model import DLCMForCausalLM
 
-CONCEPT_BUCKET = 256  # two tiles of a matrix product, of thousands of concepts: padding costs a few per cent at most
+CONCEPT_BUCKET = 128  # a tile of a matrix product, of thousands of concepts: padding costs a few per cent at most
 
 
 class CompilationError(RuntimeError):
@@ -73,7 +73,8 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
         compile_(model.cross_attention, "queries")
         compile_(model.cross_attention, "keys_and_values", varying_rows=True)
         compile_(model.cross_attention, "after_attention")
-        model.concept_bucket = CONCEPT_BUCKET
+        # On the CPU nobody waits, and a run is to be the same however often it was resumed.
+        model.concept_rooms = ConceptRooms(CONCEPT_BUCKET, foresight=model.device.type == "cuda")
     model.compiled = True
 
 

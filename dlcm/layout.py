@@ -7,18 +7,23 @@ Causality lives in one function, `ConceptLayout.from_boundaries`: pooling, backb
 analysis read their geometry from it and never recompute it.
 
 Shapes: T is fixed by the batch. M changes every step; compiled code is spared most of that by rounding it up to a
-multiple of a bucket, with concepts that have no token and that no token sees.
+multiple of a bucket, with concepts that have no token and that no token sees. And the host need not wait for it:
+concepts can be laid out in the room that was enough for the last batches (`ConceptRooms`), and counted later.
 
 Legend: T tokens, D documents, M concepts of all documents, S = M + D slots (each document's concepts behind
 one null slot), B x L padded rows; D1 stands for D + 1.
 """
 
+import math
+from collections import deque
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlcm.config import SlotWeighting, Visibility
+from dlcm.host import OnHost
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,11 @@ class PackedLayout:
             max_seqlen = longest
         elif max_seqlen is None:
             max_seqlen = int(cu_seqlens_D1.diff().max())
-        cu_seqlens_D1 = cu_seqlens_D1.to(device=device, dtype=torch.int32, non_blocking=True)
+        return cls._of(cu_seqlens_D1.to(device=device, dtype=torch.int32, non_blocking=True), total, max_seqlen)
+
+    @classmethod
+    def _of(cls, cu_seqlens_D1: Tensor, total: int, max_seqlen: int) -> "PackedLayout":
+        """Of what need not be checked."""
         starts_D = cu_seqlens_D1[:-1].long()
         index_T = torch.arange(total, device=starts_D.device)
         document_T = torch.bucketize(index_T, starts_D, right=True) - 1
@@ -129,6 +138,75 @@ class RowLayout:
         return padded.index_copy(0, self.index_T, x_T).view(*self.shape, *x_T.shape[1:])
 
 
+class ConceptRoom(NamedTuple):
+    """Shapes that concepts are laid out in; what is left of them is padding, at the end of the last document.
+
+    Attributes:
+        total: M, padding included.
+        longest: at least the length of the longest document in concepts, padding included.
+    """
+
+    total: int
+    longest: int
+
+
+class ConceptCounts(NamedTuple):
+    """How many concepts there are in all, in the longest document and in the last: integers, or scalars on a device."""
+
+    total: Any
+    longest: Any
+    last: Any
+
+    def fit(self, room: ConceptRoom) -> Any:
+        """Whether there is room for them, and for the padding that fills it."""
+        padded_last = self.last + (room.total - self.total)
+        return (self.total <= room.total) & (self.longest <= room.longest) & (padded_last <= room.longest)
+
+    def room(self, bucket: int) -> ConceptRoom:
+        """As little as holds them, M being a multiple of `bucket`."""
+        padding = -self.total % bucket
+        return ConceptRoom(self.total + padding, max(self.longest, self.last + padding))
+
+
+class ConceptRooms:
+    """How much room the concepts of a batch are given.
+
+    Without foresight the host waits until the device has counted them. With it, a batch is given as much as the last
+    `MEMORY` of its kind needed at most, and a little more; the host sees whether that was enough when it has launched
+    all that follows, and where it was not, does it once more. So the device never idles while the host catches up.
+
+    Attributes:
+        bucket: M is rounded up to a multiple of it.
+        foresight: see above.
+        misses: batches for which the room was not enough.
+    """
+
+    MEMORY = 16
+    MARGIN = 1 / 128
+
+    def __init__(self, bucket: int = 1, foresight: bool = False):
+        self.bucket, self.foresight, self.misses = bucket, foresight, 0
+        self._last: dict[tuple[int, bool], deque[ConceptCounts]] = {}
+
+    def foresee(self, tokens: PackedLayout, training: bool) -> ConceptRoom | None:
+        """Room for the next batch, of these documents; None where the host must wait to know."""
+        last = self._last.get((tokens.total, training))
+        if not self.foresight or last is None:
+            return None
+        most = max(counts.total for counts in last)
+        total = math.ceil(most * (1 + self.MARGIN) / self.bucket) * self.bucket
+        if total < tokens.num_documents:  # each has a concept
+            return None
+        # A bound: half as much again costs nothing.
+        longest = max(max(counts.longest, counts.last + total - counts.total) for counts in last)
+        return ConceptRoom(total, min(total, longest + longest // 2))
+
+    def saw(self, tokens: PackedLayout, training: bool, counts: ConceptCounts) -> None:
+        """Remembers what a batch needed."""
+        if self.foresight:
+            self._last.setdefault((tokens.total, training), deque(maxlen=self.MEMORY)).append(counts)
+
+
 @dataclass(frozen=True, slots=True)
 class ConceptLayout:
     """Which tokens make up each concept, and which concepts each token may see.
@@ -147,7 +225,7 @@ class ConceptLayout:
 
     Attributes:
         tokens, concepts: the documents, measured in tokens and in concepts, padding included.
-        num_concepts: how many of the M concepts are not padding, on the host.
+        counted: how many of the M concepts are not padding, on their way to the host.
         segment_T: index of the concept each token belongs to.
         length_M: tokens in each concept; 0 for padding.
         last_M: index (in the packed row) of each concept's last token; for padding, of the last token of all.
@@ -158,7 +236,7 @@ class ConceptLayout:
 
     tokens: PackedLayout
     concepts: PackedLayout
-    num_concepts: int
+    counted: OnHost
     segment_T: Tensor
     length_M: Tensor
     last_M: Tensor
@@ -168,52 +246,76 @@ class ConceptLayout:
 
     @classmethod
     def from_boundaries(
-        cls, tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility, bucket: int = 1
+        cls,
+        tokens: PackedLayout,
+        boundary_T: Tensor,
+        visibility: Visibility,
+        bucket: int = 1,
+        room: ConceptRoom | None = None,
     ) -> "ConceptLayout":
         """The geometry that boundaries give (sections 3.3.2 and 3.5.2), made strictly causal.
+
+        Everything a token may see is decided by boundaries at or before it: `closed`, a boundary at t says
+        that the segment before t ended; `inclusive`, that it ends with t.
 
         Args:
             tokens: the documents, T tokens.
             boundary_T: bool, b_t.
             visibility: see the table above.
-            bucket: M is rounded up to a multiple of it by padding. `concepts.max_seqlen` is then an upper bound.
-
-        Everything a token may see is decided by boundaries at or before it: `closed`, a boundary at t says
-        that the segment before t ended; `inclusive`, that it ends with t. One host synchronisation
-        (`shapes_on_host`).
+            bucket: M is rounded up to a multiple of it by padding.
+            room: what to lay concepts out in. None waits until the device has counted them, and takes what they need.
+                Room that is too small is safe, and useless: this is then the geometry of no boundaries, and not `fits`.
         """
-        after_T = boundary_T if visibility == "closed" else boundary_T.roll(1)  # a boundary lies just before t
-        segment_T = (after_T | tokens.is_first_T).cumsum(0) - 1
+        ends_D = cls._segments(tokens, boundary_T, visibility)[tokens.cu_seqlens_D1[1:].long() - 1] + 1
+        counts_D = ends_D.diff(prepend=ends_D.new_zeros(1))
+        counts = ConceptCounts(ends_D[-1], counts_D.max(), counts_D[-1])
+        counted = OnHost(torch.stack(counts))
+        if room is None:
+            room = ConceptCounts(*counted.read()).room(bucket)
+        else:
+            boundary_T = boundary_T & counts.fit(room)
 
-        last_token_D = tokens.cu_seqlens_D1[1:].long() - 1
-        ends_D = segment_T[last_token_D] + 1
+        segment_T = cls._segments(tokens, boundary_T, visibility)
+        ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
+        ends_D[-1] = room.total
         cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))
         cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
         closed_T = segment_T - cu_concepts_D1[tokens.document_T]  # concepts of the document that are closed at t
         if visibility == "inclusive":
             closed_T = closed_T + boundary_T
-        slot_T = cu_slots_D1[tokens.document_T] + closed_T
-
-        # After the wait the device is idle until it is given work, so as much as possible stands before it.
-        num_concepts, max_concepts = shapes_on_host(ends_D[-1], cu_concepts_D1.diff().max())
-        padding = -num_concepts % bucket
-        cu_concepts_D1[-1] += padding
-        cu_slots_D1[-1] += padding
-        concepts = PackedLayout.from_cu_seqlens(
-            cu_concepts_D1.to(torch.int32), num_concepts + padding, max_concepts + padding
-        )
+        concepts = PackedLayout._of(cu_concepts_D1.to(torch.int32), room.total, room.longest)
         length_M = torch.zeros_like(concepts.position_T).scatter_add_(0, segment_T, torch.ones_like(segment_T))
         return cls(
             tokens=tokens,
             concepts=concepts,
-            num_concepts=num_concepts,
+            counted=counted,
             segment_T=segment_T,
             length_M=length_M,
             last_M=length_M.cumsum(0) - 1,
             cu_slots_D1=cu_slots_D1.to(torch.int32),
             slot_M=cu_slots_D1[concepts.document_T] + 1 + concepts.position_T,
-            slot_T=slot_T,
+            slot_T=cu_slots_D1[tokens.document_T] + closed_T,
         )
+
+    @staticmethod
+    def _segments(tokens: PackedLayout, boundary_T: Tensor, visibility: Visibility) -> Tensor:
+        """Index of the concept each token belongs to, (T,)."""
+        after_T = boundary_T if visibility == "closed" else boundary_T.roll(1)  # a boundary lies just before t
+        return (after_T | tokens.is_first_T).cumsum(0) - 1
+
+    @property
+    def counts(self) -> ConceptCounts:
+        """How many concepts there are, without padding. Waits until the device has counted them."""
+        return ConceptCounts(*self.counted.read())
+
+    @property
+    def num_concepts(self) -> int:
+        return self.counts.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether there was room for the concepts; otherwise there are no boundaries here. Waits like `counts`."""
+        return bool(self.counts.fit(ConceptRoom(self.concepts.total, self.concepts.max_seqlen)))
 
     @property
     def num_slots(self) -> int:
@@ -279,15 +381,6 @@ class SlotGeometry:
             start_S1=start_S1,
             end_S=layout.tokens.cu_seqlens_D1[document_S + 1],
         )
-
-
-def shapes_on_host(*sizes: Tensor) -> list[int]:
-    """Sizes that the device has computed, as integers.
-
-    Waits for the device: the one host synchronisation of a micro-batch. Everything it shapes, M and what follows from
-    it, is known from here on.
-    """
-    return torch.stack(sizes).tolist()
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

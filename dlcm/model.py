@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from dlcm.blocks import TransformerStack, concept_block_shape, token_block_shape
@@ -23,7 +24,7 @@ from dlcm.concepts import SMOOTHERS, ConceptPooling
 from dlcm.config import DLCMConfig
 from dlcm.cross_attention import CrossAttention
 from dlcm.global_parser import ParserStatistics, global_parser_loss
-from dlcm.layout import ConceptLayout, PackedLayout
+from dlcm.layout import ConceptLayout, ConceptRooms, PackedLayout
 
 
 @dataclass
@@ -54,11 +55,14 @@ class DLCMOutput(ModelOutput):
 
 
 class DLCMForCausalLM(PackedCausalLM):
-    """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal."""
+    """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal.
+
+    Attributes:
+        concept_rooms: how much room concepts are given, and whether the host waits to know (see `dlcm.compilation`).
+    """
 
     config_class = DLCMConfig
     config: DLCMConfig
-    concept_bucket: int = 1  # M is rounded up to a multiple; for compiled code (see `dlcm.compilation`)
 
     def __init__(self, config: DLCMConfig):
         super().__init__(config)
@@ -74,6 +78,7 @@ class DLCMForCausalLM(PackedCausalLM):
         self.decoder = TransformerStack(token_shape, config.decoder_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
+        self.concept_rooms = ConceptRooms()
         self.post_init()
 
     def forward(
@@ -113,13 +118,8 @@ class DLCMForCausalLM(PackedCausalLM):
 
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
         decided: Boundaries = self.detector(h_TE, tokens, generator)
-        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, self.config.visibility, self.concept_bucket)
-
-        c_MC = self.pooling(h_TE, layout)
-        z_MC = self.smooth(self.backbone(c_MC, layout.concepts), layout.concepts)
-
-        h_TE = self.cross_attention(h_TE, z_MC, layout)
-        h_TE = self.decoder_norm(self.decoder(h_TE, tokens))
+        h_TE, layout = self.through_concepts(h_TE, decided, tokens)
+        h_TE = self.decoder_norm(h_TE)
         logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits)
 
         statistics = ParserStatistics.of(decided, tokens)
@@ -136,6 +136,32 @@ class DLCMForCausalLM(PackedCausalLM):
             parser_statistics=statistics,
         )
         return output if return_dict else output.to_tuple()
+
+    def through_concepts(self, h_TE: Tensor, decided: Boundaries, tokens: PackedLayout) -> tuple[Tensor, ConceptLayout]:
+        """From the encoder to the end of the decoder, (T, E) to (T, E), and the geometry of the concepts.
+
+        The one wait of a forward pass for the device is here: at the end, where room for the concepts was foreseen.
+        """
+        rooms, visibility = self.concept_rooms, self.config.visibility
+        room = rooms.foresee(tokens, self.training)
+        if isinstance(next(self.backbone.parameters()), DTensor):
+            room = None  # sharded: all ranks must run the same passes, so that none may have to run one again
+        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket, room)
+        y_TE = self.through_concepts_of(layout, h_TE)
+        rooms.saw(tokens, self.training, layout.counts)
+        if not layout.fits:
+            rooms.misses += 1
+            del y_TE
+            layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket)
+            y_TE = self.through_concepts_of(layout, h_TE)
+        return y_TE, layout
+
+    def through_concepts_of(self, layout: ConceptLayout, h_TE: Tensor) -> Tensor:
+        """Pooling, backbone, cross-attention and decoder."""
+        c_MC = self.pooling(h_TE, layout)
+        z_MC = self.smooth(self.backbone(c_MC, layout.concepts), layout.concepts)
+        h_TE = self.cross_attention(h_TE, z_MC, layout)
+        return self.decoder(h_TE, layout.tokens)
 
     def smooth(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
         """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""

@@ -23,6 +23,7 @@ from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.boundary import LearnedDetector
 from dlcm.flops import forward_flops
 from dlcm.global_parser import ParserStatistics
+from dlcm.host import OnHost
 from train.config import RunConfig
 from train.data import PackedBatch
 from train.distributed import Ranks
@@ -193,7 +194,7 @@ def spare_the_collector() -> None:
     """Python's garbage collector leaves alone what is there now. To be called once the first steps have compiled.
 
     A full collection looks at a million objects of torch and its compilers, again and again, and takes most of the
-    host's time in a step: time that a GPU spends idle after it has waited for the host (`shapes_on_host`).
+    host's time in a step: time that a small model's GPU spends idle.
     """
     gc.collect()
     gc.freeze()
@@ -218,24 +219,18 @@ class StepNumbers(NamedTuple):
 
 
 class UnreadNumbers:
-    """A step's numbers on their way to the host: the copy waits for the device, and nobody for the copy.
+    """A step's numbers on their way to the host.
 
     Once the next step has been handed to the device they cost no time to read: it has other work to go on with.
     """
 
     def __init__(self, step: int, sums: Tensor, grad_norm: Tensor, skipped: Tensor):
         self._step = step
-        numbers = torch.cat([sums, torch.stack([grad_norm, skipped]).double()])
-        self._on_host = numbers.to("cpu", non_blocking=True)  # in pinned memory
-        self._copied = torch.cuda.Event() if numbers.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._numbers = OnHost(torch.cat([sums, torch.stack([grad_norm, skipped]).double()]))
 
     def read(self) -> StepNumbers:
         """The numbers; waits until the step is done."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        *sums, grad_norm, skipped = self._on_host.tolist()
+        *sums, grad_norm, skipped = self._numbers.read()
         return StepNumbers(self._step, StepSums(*sums), grad_norm, bool(skipped))
 
 

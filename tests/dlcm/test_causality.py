@@ -196,8 +196,8 @@ def test_catches_a_token_that_sees_its_own_segment(visibility: str, monkeypatch:
     """Eq. 14 with Eq. 7 read literally: every token attends to the mean of all of its segment."""
     causal = ConceptLayout.from_boundaries
 
-    def literal(tokens, boundary_T, visibility, bucket):
-        layout = causal(tokens, boundary_T, visibility, bucket)
+    def literal(tokens, boundary_T, *rest):
+        layout = causal(tokens, boundary_T, *rest)
         return dataclasses.replace(layout, slot_T=layout.slot_M[layout.segment_T])
 
     monkeypatch.setattr(ConceptLayout, "from_boundaries", literal)
@@ -207,8 +207,8 @@ def test_catches_a_token_that_sees_its_own_segment(visibility: str, monkeypatch:
 def test_catches_one_slot_too_many(monkeypatch: pytest.MonkeyPatch):
     causal = ConceptLayout.from_boundaries
 
-    def off_by_one(tokens, boundary_T, visibility, bucket):
-        layout = causal(tokens, boundary_T, visibility, bucket)
+    def off_by_one(tokens, boundary_T, *rest):
+        layout = causal(tokens, boundary_T, *rest)
         last_slot_T = layout.cu_slots_D1[1:].long()[tokens.document_T] - 1
         return dataclasses.replace(layout, slot_T=torch.minimum(layout.slot_T + 1, last_slot_T))
 
@@ -239,8 +239,8 @@ def test_catches_a_boundary_that_waits_for_the_next_token(monkeypatch: pytest.Mo
     """A boundary at t decided by the distance between t and t + 1."""
     causal = ConceptLayout.from_boundaries
 
-    def late(tokens, boundary_T, visibility, bucket):
-        return causal(tokens, boundary_T.roll(-1) | tokens.is_first_T, visibility, bucket)
+    def late(tokens, boundary_T, *rest):
+        return causal(tokens, boundary_T.roll(-1) | tokens.is_first_T, *rest)
 
     monkeypatch.setattr(ConceptLayout, "from_boundaries", late)
     assert largest_change({"visibility": "inclusive"}) > 1e-3

@@ -20,7 +20,8 @@ from dlcm.blocks import TransformerStack
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.concepts import AdjacentSmoothing
-from dlcm.layout import PackedLayout
+from dlcm.host import OnHost
+from dlcm.layout import ConceptRooms, PackedLayout
 from tests.conftest import arrange, needs_compiler, random_documents, tiny_baseline, tiny_dlcm
 from tests.waits import counting_waits, masked_sdpa
 
@@ -77,10 +78,51 @@ def test_a_bucket_changes_no_number(boundaries: str, visibility: str, training: 
     @settings(max_examples=8)
     @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.sampled_from([2, 5, 64]), st.integers(0, 99))
     def check(lengths: list[int], bucket: int, seed: int):
-        bucketed.concept_bucket = bucket
+        bucketed.concept_rooms = ConceptRooms(bucket)
         assert_same(plain, bucketed, random_documents(lengths, seed), rtol=1e-9, atol=1e-11)
 
     check()
+
+
+# Foreseen room
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_foresight_changes_no_number_whether_room_was_enough_or_not(visibility: str, training: bool):
+    plain = tiny_dlcm(visibility=visibility).train(training)
+    foreseeing = copy.deepcopy(plain)
+    foreseeing.concept_rooms = rooms = ConceptRooms(2, foresight=True)
+    rooms.MEMORY = 1  # so that a batch with fewer concepts lets the next one down
+    for seed in range(8):
+        documents = random_documents([24] if seed % 2 else [20, 1, 3], seed)
+        assert_same(plain, foreseeing, documents, rtol=1e-9, atol=1e-11)
+    assert 0 < rooms.misses < 7
+
+
+def test_the_wait_comes_when_all_has_been_launched(monkeypatch: pytest.MonkeyPatch):
+    """With foresight, after the decoder; without, before the backbone."""
+    model = tiny_dlcm(segmenter="rule")
+    model.detector.threshold = THRESHOLDS["one concept"]
+    model.concept_rooms = ConceptRooms(8, foresight=True)
+    order: list[str] = []
+    for name in ("backbone", "decoder"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+    read = OnHost.read
+
+    def reads(self: OnHost) -> list:
+        if self._read is None:
+            order.append("wait")
+        return read(self)
+
+    monkeypatch.setattr(OnHost, "read", reads)
+    for _ in range(2):
+        forward(model, random_documents([9, 7, 1], 0))
+    assert order == ["wait", "backbone", "decoder", "backbone", "decoder", "wait"]
+    model.detector.threshold = THRESHOLDS["all boundary"]
+    forward(model, random_documents([9, 7, 1], 0))
+    assert model.concept_rooms.misses == 1
+    assert order[6:] == ["backbone", "decoder", "wait", "wait", "backbone", "decoder"]
 
 
 # Compiled against eager
@@ -195,9 +237,12 @@ def stacks(model: PackedCausalLM) -> list[TransformerStack]:
     return [module for module in model.modules() if isinstance(module, TransformerStack)]
 
 
+@pytest.mark.parametrize("foresight", [False, True], ids=["waiting", "foreseeing"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("build", [functools.partial(tiny_dlcm, d_concept=TOKENS), tiny_baseline])
-def test_nothing_is_compiled_after_the_first_step(build: Callable[..., PackedCausalLM], recompute: bool):
+def test_nothing_is_compiled_after_the_first_step(
+    build: Callable[..., PackedCausalLM], recompute: bool, foresight: bool
+):
     """Though concepts, documents and the longest of them change every time.
 
     The first is a trap: there, T, M and the width of concepts are one number, and must not be taken for one thing.
@@ -206,6 +251,9 @@ def test_nothing_is_compiled_after_the_first_step(build: Callable[..., PackedCau
     for stack in stacks(model):
         stack.recompute = recompute
     compile_blocks_(model, "aot_eager")
+    if isinstance(model, DLCMForCausalLM):
+        assert not model.concept_rooms.foresight  # on the CPU
+        model.concept_rooms.foresight = foresight
     every_kind_of_step(model, random_documents([1] * TOKENS, 0))
     concepts, documents = set(), set()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -214,7 +262,7 @@ def test_nothing_is_compiled_after_the_first_step(build: Callable[..., PackedCau
             output = every_kind_of_step(model, random_documents(lengths, seed))
             documents.add(len(lengths))
             if isinstance(model, DLCMForCausalLM):
-                concepts.add(-(-len(output.concept_lengths) // model.concept_bucket))
+                concepts.add(-(-len(output.concept_lengths) // model.concept_rooms.bucket))
         assert len(documents) == 12 and (len(concepts) > 2 or not isinstance(model, DLCMForCausalLM))
         with pytest.raises(torch._dynamo.exc.RecompileError):  # another T: the test can fail
             every_kind_of_step(model, random_documents([TOKENS - 1], 0))
@@ -273,8 +321,8 @@ def waits_of_a_step(model: PackedCausalLM, **options: Any) -> dict[str, int]:
 def test_a_step_of_the_dlcm_waits_once(segmenter: str, return_logits: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
     model = tiny_dlcm(segmenter=segmenter).train()
-    model.concept_bucket = 8
-    assert waits_of_a_step(model, return_logits=return_logits) == {"dlcm/layout.py:shapes_on_host": 1}
+    model.concept_rooms = ConceptRooms(8)
+    assert waits_of_a_step(model, return_logits=return_logits) == {"dlcm/host.py:read": 1}
 
 
 def test_a_step_of_the_baseline_never_waits(monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlcm.layout import ConceptLayout, PackedLayout, RowLayout
+from dlcm.layout import ConceptCounts, ConceptLayout, ConceptRoom, ConceptRooms, PackedLayout, RowLayout
 
 
 def packed(lengths: list[int]) -> PackedLayout:
@@ -163,6 +163,65 @@ def test_a_bucket_adds_concepts_that_are_empty_and_unseen(visibility: str):
 
     check()
     assert {0, 1, 2} < paddings
+
+
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_room_that_is_enough_is_filled_and_other_room_is_declined(visibility: str):
+    """Enough: the geometry of a bucket as large. Too little: that of no boundaries, in the same room; and it tells."""
+    outcomes = set()
+
+    @settings(max_examples=200)
+    @given(ragged(), st.integers(-3, 9), st.integers(-3, 9))
+    def check(case: tuple[list[int], list[bool]], spare: int, spare_in_longest: int):
+        lengths, boundaries = case
+        tokens, boundary_T = packed(lengths), torch.tensor(boundaries)
+        plain = ConceptLayout.from_boundaries(tokens, boundary_T, visibility)
+        total = max(plain.num_concepts + spare, len(lengths))
+        filled = ConceptLayout.from_boundaries(tokens, boundary_T, visibility, bucket=total)
+        longest = max(filled.concepts.max_seqlen + spare_in_longest, 1)
+        room = ConceptRoom(total, longest)
+        layout = ConceptLayout.from_boundaries(tokens, boundary_T, visibility, room=room)
+
+        assert layout.fits == (plain.num_concepts <= total and filled.concepts.max_seqlen <= longest)
+        outcomes.add((layout.fits, plain.num_concepts <= total))
+        assert layout.counts == plain.counts
+        if not layout.fits:
+            filled = ConceptLayout.from_boundaries(tokens, boundary_T & False, visibility, bucket=total)
+        assert (layout.concepts.total, layout.concepts.max_seqlen) == (total, longest)
+        for name in ("segment_T", "length_M", "last_M", "cu_slots_D1", "slot_M", "slot_T"):
+            assert torch.equal(getattr(layout, name), getattr(filled, name)), name
+        for name in ("cu_seqlens_D1", "position_T", "document_T"):
+            assert torch.equal(getattr(layout.concepts, name), getattr(filled.concepts, name)), name
+
+    check()
+    assert outcomes == {(True, True), (False, True), (False, False)}
+
+
+def test_rooms_are_foreseen_from_what_the_last_batches_needed():
+    rooms, tokens = ConceptRooms(bucket=8, foresight=True), packed([60, 40])
+    assert rooms.foresee(tokens, training=True) is None  # nothing was seen yet
+    for total in (30, 41, 20):
+        rooms.saw(tokens, True, ConceptCounts(total, total - 10, 10))
+    room = rooms.foresee(tokens, training=True)
+    assert room.total == 48 and ConceptCounts(41, 31, 10).fit(room)
+    assert rooms.foresee(tokens, training=False) is None and rooms.foresee(packed([99]), training=True) is None
+    assert rooms.foresee(packed([1] * 50 + [50]), training=True) is None  # more documents than concepts
+    for _ in range(ConceptRooms.MEMORY):
+        rooms.saw(tokens, True, ConceptCounts(20, 10, 10))
+    assert rooms.foresee(tokens, training=True).total == 24
+    without = ConceptRooms(bucket=8)
+    without.saw(tokens, True, ConceptCounts(20, 10, 10))
+    assert without.foresee(tokens, training=True) is None
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 40))
+def test_a_batch_like_the_last_always_has_room(counts_D: list[int], bucket: int):
+    counts = ConceptCounts(sum(counts_D), max(counts_D), counts_D[-1])
+    assert counts.fit(counts.room(bucket)) and counts.room(bucket).total % bucket == 0
+    rooms, tokens = ConceptRooms(bucket, foresight=True), packed([30] * len(counts_D))
+    rooms.saw(tokens, True, counts)
+    assert counts.fit(rooms.foresee(tokens, training=True))
 
 
 @settings(max_examples=100)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import dlcm.attention
-import dlcm.layout
 from dlcm.compilation import compile_blocks_
+from dlcm.host import OnHost
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from tests.waits import counting_waits, masked_sdpa
 from train.config import RunConfig, load_run_config
@@ -100,7 +100,7 @@ def test_a_training_step_waits_once_a_micro_batch(
     # cu_seqlens lies on the CPU, whatever the model does: its check, and its squares, wait for nothing.
     del places["dlcm/layout.py:from_cu_seqlens"]
     assert places.pop("train/step.py:add_to_sums_") == accumulation
-    assert places == ({"dlcm/layout.py:shapes_on_host": accumulation} if architecture == "dlcm" else {})
+    assert places == ({"dlcm/host.py:read": accumulation} if architecture == "dlcm" else {})
     numbers = unread.read()
     assert numbers.step == 2 and not numbers.skipped and numbers.grad_norm > 0
     assert numbers.sums.tokens == accumulation * 4 * 32
@@ -131,18 +131,11 @@ class TestOnCuda:
         run, model, optimizer, loader = self.open(architecture, data, tmp_path)
         if compiled:
             compile_blocks_(model)
-        allowed = []
-
-        def shapes_on_host(*sizes: Tensor) -> list[int]:
-            torch.cuda.set_sync_debug_mode("default")
-            values = torch.stack(sizes).tolist()
-            torch.cuda.set_sync_debug_mode("error")
-            allowed.append(values)
-            return values
-
         for step in range(3):  # warm
             train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step)
-        monkeypatch.setattr(dlcm.layout, "shapes_on_host", shapes_on_host)
+        waits = []
+        read = OnHost.read
+        monkeypatch.setattr(OnHost, "read", lambda self: (self._read is None and waits.append(self)) or read(self))
         torch.cuda.set_sync_debug_mode("error")
         unread = None
         for step in range(3, 6):
@@ -150,7 +143,8 @@ class TestOnCuda:
             if unread is not None:
                 unread.read()
             unread = latest
-        assert len(allowed) == (3 if architecture == "dlcm" else 0)
+        misses = model.concept_rooms.misses if architecture == "dlcm" else 0
+        assert len(waits) == 2 + (3 + misses if architecture == "dlcm" else 0)  # numbers of steps, and of concepts
         with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
             torch.ones((), device="cuda").item()
 
