@@ -5,7 +5,8 @@
 F is the mean of the decisions b (no gradient), G the mean of the probabilities p, over every token of the global
 batch: all ranks and all accumulated micro-batches. L_aux is affine in G with slope R / (R - 1) * (R F - 1): the
 pull on every p changes sign exactly at F = 1 / R. That is what makes a global statistic cheap: a micro-batch needs
-F of the whole batch and only its own p to contribute its exact share of the gradient.
+F of the whole batch and only its own p to contribute its exact share of the gradient. Where even F is too much to wait
+for, `RunningStatistics` comes close.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,46 @@ class ParserStatistics:
         return self.probability / self.tokens
 
 
+class RunningStatistics:
+    """Statistics of a global batch for each of its micro-batches as they come, without a pass ahead to count them all.
+
+    Of F, gradients need the slope of L_aux alone, which is affine in it. So each micro-batch is given the F of those so
+    far, its own included, and the last one what makes the mean over all tokens the F of the whole batch. The gradient
+    of a step then differs from the exact one by a covariance: of the F they were given, and the gradients of their G.
+
+    Args:
+        micro_batches: in a step, the same on every rank.
+        tokens, documents: in the global batch.
+    """
+
+    def __init__(self, micro_batches: int, tokens: Tensor, documents: Tensor):
+        self._left, self._tokens, self._documents = micro_batches, tokens, documents
+        self._so_far: ParserStatistics | None = None
+        self._given: Tensor | float = 0.0  # the F that were given, times tokens
+
+    def next(self, own: ParserStatistics) -> ParserStatistics:
+        """What stands for the statistics of the global batch, for the micro-batch that comes next on every rank.
+
+        Args:
+            own: of this rank's micro-batch.
+
+        Raises:
+            RuntimeError: there were as many micro-batches as were announced.
+        """
+        if self._left == 0:
+            raise RuntimeError("RunningStatistics was told of fewer micro-batches than there are")
+        self._left -= 1
+        own = own.all_reduce()
+        self._so_far = own if self._so_far is None else self._so_far + own
+        rate = self._so_far.boundary_rate
+        if self._left == 0:
+            rate = (self._so_far.boundaries - self._given) / own.tokens
+        self._given += rate * own.tokens
+        tokens = self._tokens.to(own.tokens)
+        probability = self._so_far.mean_probability * tokens
+        return ParserStatistics(rate * tokens, probability, tokens, self._documents.to(own.documents))
+
+
 def ratio_loss(boundary_rate: Tensor, mean_probability: Tensor, ratio: float) -> Tensor:
     """Eq. 10 (elementwise): zero at F = G = 1 / R, and not bounded below by it."""
     f, g = boundary_rate.detach(), mean_probability
@@ -89,7 +130,7 @@ def global_parser_loss(
             undoes the averaging of data-parallel wrappers.
 
     Returns:
-        Scalar. `global`: the value is the global batch's, whatever share this micro-batch has in it.
+        Scalar. `global`: the value is that of `total`, whatever share this micro-batch has in it.
         `sequence`: the value is this micro-batch's share; shares add up.
     """
     if scope == "sequence":

@@ -23,7 +23,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.concepts import SMOOTHERS, ConceptPooling
 from dlcm.config import DLCMConfig
 from dlcm.cross_attention import CrossAttention
-from dlcm.global_parser import ParserStatistics, global_parser_loss
+from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
 from dlcm.layout import ConceptLayout, ConceptRooms, PackedLayout
 
 
@@ -90,7 +90,7 @@ class DLCMForCausalLM(PackedCausalLM):
         max_seqlen: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
         generator: torch.Generator | None = None,
-        parser_total: ParserStatistics | None = None,
+        parser_total: ParserStatistics | RunningStatistics | None = None,
         return_logits: bool = True,
         return_dict: bool = True,
     ) -> DLCMOutput | tuple:
@@ -105,8 +105,8 @@ class DLCMForCausalLM(PackedCausalLM):
             num_items_in_batch: number of valid targets in the *global* batch. Losses are then this micro-batch's
                 share: over ranks and micro-batches, gradients of `.loss` add up to those of one big batch.
             generator: source of the training-time boundary draws; None is torch's default generator.
-            parser_total: boundary statistics of the global batch (see `boundary_statistics`), needed where it
-                consists of several micro-batches. None: this batch, summed over ranks while training.
+            parser_total: boundary statistics of the global batch, needed where it consists of several micro-batches:
+                exact (see `boundary_statistics`), or running. None: this batch, summed over ranks while training.
             return_logits: False leaves logits out and the loss never holds more than a chunk of them; needs labels.
             return_dict: False returns a tuple.
 
@@ -199,12 +199,14 @@ class DLCMForCausalLM(PackedCausalLM):
         decided: Boundaries,
         tokens: PackedLayout,
         own: ParserStatistics,
-        total: ParserStatistics | None,
+        total: ParserStatistics | RunningStatistics | None,
         averaged: bool,
     ) -> Tensor:
         if self.config.segmenter == "fixed":
             return decided.probability_T.new_zeros(())
-        if total is None:
+        if isinstance(total, RunningStatistics):
+            total = total.next(own)
+        elif total is None:
             total = own.all_reduce() if self.training else own
         ranks = 1
         if averaged and self.training and torch.distributed.is_initialized():

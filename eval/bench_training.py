@@ -291,7 +291,7 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
     if any(bool(skipped) for _, skipped in outcomes):
         raise EvaluationError("a measured step was skipped: its loss or gradient was not finite")
     sums = StepSums(*torch.stack([sums for sums, _ in outcomes]).mean(0).tolist())
-    flops = training_flops(sums, bench.model, accumulation=1)
+    flops = training_flops(sums, bench.model, bench.run.batch)
     on_gpu = bench.device.type == "cuda"
     return {
         "steps": len(outcomes),

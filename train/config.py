@@ -73,6 +73,9 @@ class BatchConfig:
 
     rows: int = within(AT_LEAST_ONE)
     accumulation: int = within(AT_LEAST_ONE, 1)
+    # F of the ratio loss, where there are several micro-batches: `ahead` counts all boundaries first, which is exact
+    # and costs another pass of encoder and detector; `running` takes those so far (see dlcm/global_parser.py).
+    boundary_count: Literal["ahead", "running"] = "ahead"
 
 
 @dataclass

@@ -132,7 +132,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         return state.step
 
     def account(numbers: StepNumbers) -> None:
-        state.flops += training_flops(numbers.sums, model, run.batch.accumulation)
+        state.flops += training_flops(numbers.sums, model, run.batch)
         state.skipped += numbers.skipped
         state.bad_in_a_row = state.bad_in_a_row + 1 if numbers.skipped else 0
         if state.bad_in_a_row >= run.max_bad_steps:
@@ -196,7 +196,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 stopping = stopping or numbers.sums.stops > 0  # the same step on every rank
             if logs:
                 values = {
-                    **mean_losses(numbers.sums, model, micro_batches=ranks.size * len(batches)),
+                    **mean_losses(numbers.sums, model),
                     **concept_metrics(numbers.sums, model),
                     "grad_norm": numbers.grad_norm,
                     "lr_factor": rate_factor,

@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.boundary import LearnedDetector
 from dlcm.flops import forward_flops
-from dlcm.global_parser import ParserStatistics
+from dlcm.global_parser import ParserStatistics, RunningStatistics, ratio_loss
 from dlcm.host import OnHost
-from train.config import RunConfig
+from train.config import BatchConfig, RunConfig
 from train.data import PackedBatch
 from train.distributed import Ranks
 from train.metrics import bits_per_byte
@@ -45,7 +45,7 @@ class StepSums(NamedTuple):
     stops: float  # ranks that were told to stop
     # computed by the device
     ce: float  # shares of the mean cross-entropy, in nats
-    aux: float
+    aux: float  # of the sequences' own ratio losses, their shares
     boundaries: float
     probability: float
 
@@ -72,8 +72,15 @@ def forward_backward(
     model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
     kept_local = parallel.no_sync if isinstance(parallel, DistributedDataParallel) else nullcontext
     assert isinstance(model, Model)
-    targets = ranks.sum(torch.full((), sum(batch.num_targets for batch in batches), device=model.device))
-    parser_total = global_boundary_statistics(run, model, batches, step, ranks)
+    counts = (sum(counted) for counted in zip(*map(known_counts, batches), strict=True))
+    targets, tokens, documents = ranks.sum(
+        torch.stack([torch.full((), count, dtype=torch.float64, device=model.device) for count in counts])
+    )
+    parser_total: ParserStatistics | RunningStatistics | None = None
+    if counts_boundaries_first(model, run.batch):
+        parser_total = global_boundary_statistics(run, model, batches, step, ranks)
+    elif len(batches) > 1:
+        parser_total = RunningStatistics(len(batches), tokens, documents)
     sums = torch.zeros(len(StepSums._fields), dtype=torch.float64, device=model.device)
     for micro, batch in enumerate(batches):
         inputs = model_inputs(batch) | {
@@ -94,16 +101,20 @@ def forward_backward(
     return sums
 
 
+def known_counts(batch: PackedBatch) -> tuple[int, int, int]:
+    """Targets, tokens and documents of a micro-batch."""
+    return batch.num_targets, len(batch.input_ids), len(batch.cu_seqlens) - 1
+
+
 def global_boundary_statistics(
     run: RunConfig, model: Model, batches: Sequence[PackedBatch], step: int, ranks: Ranks
-) -> ParserStatistics | None:
+) -> ParserStatistics:
     """Boundaries of all micro-batches and ranks, by a pass of encoder and detector ahead of the step.
 
     This runs encoder and detector once more for every micro-batch, without gradient: about a third of a forward
-    where the encoder is deep, as in configs/table3. None where none is needed (see `counts_boundaries_first`).
+    where the encoder is deep, as in configs/table3.
     """
-    if not isinstance(model, DLCMForCausalLM) or not counts_boundaries_first(model, len(batches)):
-        return None
+    assert isinstance(model, DLCMForCausalLM)
     each = []
     for micro, batch in enumerate(batches):
         # The same seed as in the forward pass to come, so the same boundaries (compiled code may round otherwise
@@ -115,9 +126,10 @@ def global_boundary_statistics(
     return functools.reduce(operator.add, each).all_reduce()
 
 
-def counts_boundaries_first(model: Model, accumulation: int) -> bool:
+def counts_boundaries_first(model: Model, batch: BatchConfig) -> bool:
     """Whether a step needs a pass ahead to count its boundaries; a single micro-batch is summed by the model itself."""
-    return isinstance(model, DLCMForCausalLM) and accumulation > 1 and model.config.segmenter != "fixed"
+    counts = isinstance(model, DLCMForCausalLM) and model.config.segmenter != "fixed"
+    return counts and batch.accumulation > 1 and batch.boundary_count == "ahead"
 
 
 def boundary_generator(seed: int, step: int, micro: int, ranks: Ranks, device: torch.device) -> torch.Generator:
@@ -234,13 +246,15 @@ class UnreadNumbers:
         return StepNumbers(self._step, StepSums(*sums), grad_norm, bool(skipped))
 
 
-def mean_losses(sums: StepSums, model: Model, micro_batches: int) -> dict[str, float]:
+def mean_losses(sums: StepSums, model: Model) -> dict[str, float]:
     """Losses of the global batch, in nats per target, and its bits per byte."""
     ce = {"ce": sums.ce, "bpb": bits_per_byte(sums.ce * sums.targets, sums.target_bytes)}
     if not isinstance(model, DLCMForCausalLM):
         return {"loss": sums.ce, **ce}
-    # With a global parser every micro-batch reports the whole batch's ratio loss, not a share of it.
-    aux = sums.aux / (micro_batches if model.config.parser_scope == "global" else 1)
+    aux = sums.aux  # shares, that add up
+    if model.config.segmenter != "fixed" and model.config.parser_scope == "global":
+        f, g = torch.tensor([sums.boundaries, sums.probability], dtype=torch.float64) / sums.tokens
+        aux = float(ratio_loss(f, g, model.config.target_ratio))
     return {"loss": sums.ce + model.config.aux_loss_weight * aux, **ce, "aux": aux}
 
 
@@ -258,15 +272,15 @@ def concept_metrics(sums: StepSums, model: Model) -> dict[str, float]:
     return values
 
 
-def training_flops(sums: StepSums, model: Model, accumulation: int) -> float:
+def training_flops(sums: StepSums, model: Model, batch: BatchConfig) -> float:
     """FLOPs of a step, at the documents and concepts that it really had.
 
-    Forward and backward, and the pass that counts boundaries ahead where `accumulation` micro-batches need it.
+    Forward and backward, and the pass that counts boundaries ahead where there is one.
     """
     length = sums.squared_lengths / sums.tokens
     ratio = sums.tokens / sums.concepts if sums.concepts else None
     forward = forward_flops(model.config, length, ratio)
     per_token = FORWARDS_PER_STEP * forward.total
-    if counts_boundaries_first(model, accumulation):
+    if counts_boundaries_first(model, batch):
         per_token += forward.stages["encoder"] + forward.stages["detector"]
     return per_token * sums.tokens

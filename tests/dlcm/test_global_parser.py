@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlcm import DLCMForCausalLM
 from dlcm.boundary import Boundaries
-from dlcm.global_parser import ParserStatistics, global_parser_loss, ratio_loss
+from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss, ratio_loss
 from dlcm.layout import PackedLayout
 from tests.conftest import Batch, arrange, random_documents, tiny_dlcm
 
@@ -109,6 +109,45 @@ def test_global_scope_reports_the_global_value_whatever_the_share():
         torch.testing.assert_close(global_parser_loss(*part, 4.0, "global", total), expected)
 
 
+# Running statistics
+
+
+def running_statistics(parts: list[ParserStatistics]) -> list[ParserStatistics]:
+    """What each part is given."""
+    whole = sum(parts[1:], parts[0])
+    running = RunningStatistics(len(parts), whole.tokens, whole.documents)
+    return [running.next(part) for part in parts]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99)), min_size=1, max_size=6))
+def test_running_rates_are_those_so_far_and_their_mean_is_the_batchs(cases: list[tuple[int, int]]):
+    parts = [ParserStatistics.of(*decided([length, 2], seed)) for length, seed in cases]
+    whole, given_to = sum(parts[1:], parts[0]), running_statistics(parts)
+    so_far = parts[0]
+    for part, statistics in zip(parts[1:], given_to, strict=False):
+        torch.testing.assert_close(statistics.boundary_rate, so_far.boundary_rate)
+        so_far = so_far + part
+    rates = torch.stack([one.boundary_rate * part.tokens for one, part in zip(given_to, parts, strict=True)])
+    torch.testing.assert_close(rates.sum() / whole.tokens, whole.boundary_rate)
+    torch.testing.assert_close(given_to[-1].mean_probability, whole.mean_probability.detach())
+    assert all((one.tokens, one.documents) == (whole.tokens, whole.documents) for one in given_to)
+
+
+def test_running_statistics_of_one_micro_batch_are_exact():
+    own = ParserStatistics.of(*decided([3, 5], 0))
+    (alone,) = running_statistics([own])
+    torch.testing.assert_close(alone.boundaries, own.boundaries)
+    torch.testing.assert_close(alone.probability, own.probability.detach())
+
+
+def test_running_statistics_end_with_the_batch():
+    own = ParserStatistics.of(*decided([3, 5], 0))
+    running = RunningStatistics(1, own.tokens, own.documents)
+    running.next(own)
+    with pytest.raises(RuntimeError, match="fewer micro-batches than there are"):
+        running.next(own)
+
+
 # One batch, cut into micro-batches and over ranks. Documents differ in length, so shares are unequal.
 
 LENGTHS = [[9, 1, 4], [15], [2, 6, 3]]
@@ -137,7 +176,7 @@ def whole_batch_gradients(scope: str, loss: str) -> tuple[Tensor, dict[str, Tens
     return output[loss].detach(), gradients(model)
 
 
-def accumulate(model: DLCMForCausalLM, batches: list[Batch], total: ParserStatistics) -> Tensor:
+def accumulate(model: DLCMForCausalLM, batches: list[Batch], total: ParserStatistics | RunningStatistics) -> Tensor:
     """Adds each micro-batch's share to the gradients; the sum of its losses."""
     losses = []
     for batch in batches:
@@ -218,10 +257,14 @@ def rank_main(rank: int, directory: str) -> None:
         model = build(scope)
         batches = [arrange(documents, "packed") for documents in (own[: len(own) // 2], own[len(own) // 2 :])]
         first, second = (model.boundary_statistics(b.inputs["input_ids"], b.inputs["cu_seqlens"]) for b in batches)
-        accumulate(model, batches, (first + second).all_reduce())
+        total = (first + second).all_reduce()
+        accumulate(model, batches, total)
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
         save_gradients(model, directory, f"{scope}-shares-{rank}")
+        running = RunningStatistics(2, total.tokens, total.documents)
+        rates = {f"rate_{micro}": running.next(own).boundary_rate for micro, own in enumerate((first, second))}
+        save_file(rates | {"whole": total.boundary_rate}, f"{directory}/{scope}-running-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -252,3 +295,11 @@ def test_two_ranks_of_shares_equal_one_process(scope: str, rank: int, two_ranks:
     expected = whole_batch_gradients(scope, "loss")[1]
     found = load_file(two_ranks / f"{scope}-shares-{rank}.safetensors")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_ranks_are_given_the_same_running_rates(scope: str, two_ranks: Path):
+    one, other = (load_file(two_ranks / f"{scope}-running-{rank}.safetensors") for rank in (0, 1))
+    assert one == other and one["rate_0"] != one["whole"]
+    first, second = 9 + 1 + 2, 4 + 15 + 6 + 3  # tokens of both ranks, see `rank_main`
+    torch.testing.assert_close((first * one["rate_0"] + second * one["rate_1"]) / (first + second), one["whole"])

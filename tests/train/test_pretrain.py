@@ -26,7 +26,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
-from train.config import RunConfig, load_run_config
+from train.config import BatchConfig, RunConfig, load_run_config
 from train.data import DataError, PackedBatch, PackedLoader, TokenShards
 from train.distributed import Ranks
 from train.evaluate import evaluate
@@ -318,7 +318,7 @@ def tiny_step(
     for step in range(3):
         batches = [loader.batch(step, micro) for micro in range(accumulation)]
         sums = StepSums(*forward_backward(run, model, batches, step, Ranks()).tolist())
-        losses.append(mean_losses(sums, model, micro_batches=accumulation) | step_module.concept_metrics(sums, model))
+        losses.append(mean_losses(sums, model) | step_module.concept_metrics(sums, model))
         optimizer.step()
         optimizer.zero_grad()
     return model, losses
@@ -370,6 +370,27 @@ def test_accumulation_equals_one_big_batch(
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
     if segmenter == "learned":
         assert abs(big_losses[0]["aux"]) > 1e-3  # a loss that is there to be compared
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_running_counts_come_close_to_counting_ahead(scope: str, data: Path, tmp_path: Path):
+    """And are the same thing where nothing depends on F of the batch."""
+    gradients = []
+    for count in ("ahead", "running"):
+        batch = {"rows": 4, "accumulation": 4, "boundary_count": count}
+        aux = {"parser_scope": scope, "aux_loss_weight": 10.0}  # nearly all of the detector's gradient, much of others'
+        config = write_config(tmp_path / f"{count}.yaml", "dlcm", data, tmp_path / "run", batch=batch, model=aux)
+        run = load_run_config(config)
+        shards = TokenShards(data, "train")
+        model = build_model(run, shards, load_tokenizer(str(data))).train()
+        loader = PackedLoader(shards, 32, 4, run.seed, accumulation=4)
+        forward_backward(run, model, [loader.batch(0, micro) for micro in range(4)], 0, Ranks())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    ahead, running = gradients
+    if scope == "sequence":
+        torch.testing.assert_close(running, ahead)
+    else:
+        assert 1e-4 * ahead.norm() < (running - ahead).norm() < 0.1 * ahead.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -557,9 +578,10 @@ def test_steps_flops_are_of_the_real_documents_and_concepts():
     # Documents of 10 and 30 tokens: attention costs what one length of (100 + 900) / 40 would.
     sums = StepSums(*[0] * len(StepSums._fields))._replace(tokens=40, squared_lengths=1000, concepts=8)
     forward = forward_flops(config, 25, 5)
-    assert step_module.training_flops(sums, model, accumulation=1) == 3 * 40 * forward.total
+    assert step_module.training_flops(sums, model, BatchConfig(1)) == 3 * 40 * forward.total
     ahead = forward.stages["encoder"] + forward.stages["detector"]  # to count boundaries
-    assert step_module.training_flops(sums, model, accumulation=2) == pytest.approx(40 * (3 * forward.total + ahead))
+    flops = [step_module.training_flops(sums, model, BatchConfig(1, 2, count)) for count in ("ahead", "running")]
+    assert flops == pytest.approx([40 * (3 * forward.total + ahead), 40 * 3 * forward.total])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
