@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 
+from eval.loading import EvaluationError
+
 Row = dict[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
@@ -67,6 +69,27 @@ def record(commit: str | None = None) -> dict[str, Any]:
         "commit": commit or _commit(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _package_versions(),
         "command": " ".join(["python -m", *_module_and_arguments()]),
+    }
+
+
+def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record for results of several calls.
+
+    Raises:
+        EvaluationError: they were measured on different machines, or with different versions.
+    """
+    machines = {record["machine"]["device"] for record in records}
+    if len(machines) != 1:
+        raise EvaluationError(f"results of different machines ({', '.join(sorted(machines))}): measure them on one")
+    if any(record["versions"] != records[0]["versions"] for record in records):
+        raise EvaluationError("results of different versions of torch and others: measure them with the same")
+    joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
+    last = records[-1]
+    return {
+        "machine": last["machine"],
+        "commit": joined["commit"],
+        "versions": last["versions"],
+        "command": joined["command"],
     }
 
 

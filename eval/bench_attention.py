@@ -1,13 +1,18 @@
 """Attention from tokens to concepts on one GPU: concept replication, FlexAttention, and the ragged kernel.
 
-    python -m eval.bench_attention [--output docs/results] [--quick]
+    python -m eval.bench_attention [--parts errors times] [--paths flex ragged ...] [--ratios 4 ...] [--quick]
+                                   [--output docs/results]
+    python -m eval.bench_attention --merge EARLIER/attention.json ...
+
 
 The paper's Table 6 and Fig. 9, with the path it does not have. All paths compute the same function, attention of every
 token over the slots it may see, each counted as often as replication would (see dlcm/cross_attention.py): batch 1, 32
 heads, bf16, 2K to 32K tokens. Writes attention.csv, attention_errors.csv, attention.json, attention.md, attention.png.
+`--merge` adds what earlier calls measured, and alone measures nothing.
 
     replication   keys and values gathered to token length, then causal varlen attention by each FlashAttention there is
     flex          FlexAttention over T x S, compiled: block mask, and the log-count bias as score_mod
+    flex_static   the same compiled for one T and one S, padded to a multiple of 128: faster, if S never changed
     ragged        dlcm/kernels/ragged_attention.py
 
 A path begins with what the model has, a ConceptLayout. So `ms` includes FlexAttention's block mask and bias vectors,
@@ -22,6 +27,7 @@ import argparse
 import functools
 import gc
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -33,6 +39,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -40,14 +47,15 @@ from dlcm.attention import importable
 from dlcm.config import AttentionBackend, SlotWeighting
 from dlcm.cross_attention import masked_attention, replicated_attention
 from dlcm.layout import ConceptLayout, PackedLayout, SlotGeometry
-from eval.bench import Row, one_line, record, write_csv, write_json
-from eval.bench_attention_report import RESULTS, must_show, page, plot, summary
+from eval.bench import Row, merge_records, one_line, record, write_csv, write_json
+from eval.bench_attention_report import LABELS, PARTS, RESULTS, merge_rows, must_show, page, plot, summary
 from eval.loading import EvaluationError, report_errors
 
 HEADS = 32
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 EAGER_LENGTHS = (2048, 8192)
 INPUT_SETS = 2
+FLEX_BLOCK = 128  # FlexAttention's blocks are so large
 BACKWARD_FLOPS = 2.5  # of the forward's: five products instead of two
 FEWEST, MOST, ENOUGH_MS = 12, 40, 120  # repetitions of a timing, and the time after which only the fewest are made
 Pass = Literal["forward", "forward_backward"]
@@ -192,15 +200,19 @@ class FlexPreparation(NamedTuple):
 
     block_mask: BlockMask
     score_mod: Callable[..., Tensor]
+    padding: int  # slots that nobody sees, behind all others
 
 
-def flex(compiled: bool = True) -> AttentionPath:
+def flex(compiled: Literal["dynamic", "static"] | None = "dynamic") -> AttentionPath:
     """FlexAttention from tokens to slots. Uncompiled it is slow and plain, and runs anywhere."""
+    multiple = FLEX_BLOCK if compiled == "static" else 1
 
     def prepare(layout: ConceptLayout) -> FlexPreparation:
         geometry = SlotGeometry.from_layout(layout)
         oldest_T, newest_T = geometry.oldest_T, geometry.newest_T
         log_count_S, log_newest_T = (math.log(2) * x for x in (geometry.log2_count_S, geometry.log2_newest_T))
+        padding = -layout.num_slots % multiple
+        log_count_S = F.pad(log_count_S, (0, padding))
 
         def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return (s >= oldest_T[t]) & (s <= newest_T[t])
@@ -209,23 +221,26 @@ def flex(compiled: bool = True) -> AttentionPath:
             return score + torch.where(s == newest_T[t], log_newest_T[t], log_count_S[s])
 
         build: Callable[..., BlockMask] = _compiled_create_block_mask() if compiled else create_block_mask
-        shape = (len(newest_T), layout.num_slots)
-        return FlexPreparation(build(sees, None, None, *shape, str(newest_T.device)), weighted)
+        shape = (len(newest_T), len(log_count_S))
+        return FlexPreparation(build(sees, None, None, *shape, str(newest_T.device)), weighted, padding)
 
     def attend(problem: Problem, prepared: FlexPreparation) -> Tensor:
         q_1HTN, k_1KSN, v_1KSN = (x.transpose(0, 1)[None] for x in problem.inputs)
+        if prepared.padding:
+            k_1KSN, v_1KSN = (F.pad(x, (0, 0, 0, prepared.padding)) for x in (k_1KSN, v_1KSN))
         grouped = q_1HTN.shape[1] != k_1KSN.shape[1]
-        attention: Any = _compiled_flex_attention() if compiled else flex_attention
+        attention: Any = _compiled_flex_attention(compiled == "dynamic") if compiled else flex_attention
         out_1HTN = attention(q_1HTN, k_1KSN, v_1KSN, prepared.score_mod, prepared.block_mask, enable_gqa=grouped)
         return out_1HTN[0].transpose(0, 1)
 
-    return AttentionPath(prepare, attend)
+    # One compilation serves all lengths, or every length has its own, of which torch otherwise allows eight.
+    active = functools.partial(torch._dynamo.config.patch, recompile_limit=1000)
+    return AttentionPath(prepare, attend, active=active if compiled == "static" else nullcontext)
 
 
-# Dynamic: the number of slots is another one every step, and one compilation serves all lengths.
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled_flex_attention(dynamic: bool) -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=dynamic)
 
 
 @functools.cache
@@ -253,6 +268,7 @@ def all_paths() -> dict[str, AttentionPath]:
         "replicated_fa4_torch": replication("torch_varlen", "flash_attn.cute", fa4),
         "replicated_fa4": replication("flash_attn_4", "flash_attn.cute"),
         "flex": flex(),
+        "flex_static": flex("static"),
         "ragged": ragged(),
     }
 
@@ -481,39 +497,53 @@ def paths_with_errors(weighting: SlotWeighting, dtype: torch.dtype) -> dict[str,
 @report_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if not torch.cuda.is_available():
-        raise EvaluationError("bench_attention times GPU kernels, but torch sees no CUDA device; run it on a GPU")
-    recorded, output, device = record(options.commit), Path(options.output), torch.device("cuda")
-    cases = all_cases((2048, 8192), quick=True) if options.quick else all_cases()
-    rows: list[Row] = []
-    errors: list[Row] = []
+    parts: Sequence[str] = options.parts if options.parts is not None else () if options.merge else PARTS
+    sources = [json.loads(path.read_text(encoding="utf-8")) for path in options.merge]
+    rows, errors = (
+        merge_rows([{"commit": source["commit"], **row} for row in source[name]] for source in sources)
+        for name in ("rows", "errors")
+    )
+    if parts:
+        if not torch.cuda.is_available():
+            raise EvaluationError("bench_attention times GPU kernels, but torch sees no CUDA device; run it on a GPU")
+        sources.append(record(options.commit))
+    recorded, output = merge_records(sources), Path(options.output)
     began = time.perf_counter()
 
-    def write() -> None:
-        recorded["seconds"] = round(time.perf_counter() - began)
+    def add(to: list[Row], measured: list[Row]) -> None:
+        to[:] = merge_rows([to, [{"commit": sources[-1]["commit"], **row} for row in measured]])
         write_json(output / "attention.json", recorded, must_show(rows, errors), rows=rows, errors=errors)
 
-    for of_input in bench_errors(device):
-        errors += of_input
-        write()  # should the rest not come to an end
-    for of_case in bench(cases, all_paths(), device, options.quick):
-        rows += of_case
-        write()
+    if "errors" in parts:
+        for of_input in bench_errors(torch.device("cuda")):
+            add(errors, of_input)  # at once, should the rest not come to an end
+    if "times" in parts:
+        cases = all_cases((2048, 8192), quick=True) if options.quick else all_cases()
+        cases = [case for case in cases if case.ratio in options.ratios]
+        paths = {name: path for name, path in all_paths().items() if name in options.paths}
+        for of_case in bench(cases, paths, torch.device("cuda"), options.quick):
+            add(rows, of_case)
 
     bars = must_show(rows, errors)
+    write_json(output / "attention.json", recorded, bars, rows=rows, errors=errors)
     write_csv(output / "attention.csv", rows)
     write_csv(output / "attention_errors.csv", errors)
     (output / "attention.md").write_text(page(recorded, bars, rows, errors), encoding="utf-8")
     plot(output / "attention.png", rows)
-    print(f"\n{summary(rows, errors, bars)}\n\n{recorded['seconds']} s; files are in {output}")
+    print(f"\n{summary(rows, errors, bars)}\n\n{time.perf_counter() - began:.0f} s; files are in {output}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m eval.bench_attention", description="Times attention from tokens to concepts on one GPU."
     )
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="where to write (%(default)s)")
+    paths, ratios = list(LABELS), sorted({case.ratio for case in all_cases()})
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, or none with --merge")
+    parser.add_argument("--paths", nargs="+", choices=paths, default=paths, help="of the times")
+    parser.add_argument("--ratios", nargs="+", type=int, choices=ratios, default=ratios, help="of the times")
     parser.add_argument("--quick", action="store_true", help="2K and 8K tokens, R = 4, few repetitions")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="JSON", help="results of earlier calls")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="where to write (%(default)s)")
     parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     return parser.parse_args(arguments)
 

@@ -1,24 +1,27 @@
 """A training step's speed on one GPU: each DLCM beside its LLaMA, in one process.
 
-    python -m eval.bench_training [--pairs small medium table3] [--parts throughput breakdown length]
+    python -m eval.bench_training [--pairs small medium table3] [--models dlcm llama]
+                                   [--parts throughput accumulation breakdown length]
                                    [--set KEY=VALUE ...] [--output docs/results]
     python -m eval.bench_training --merge EARLIER/training.json ...
 
 Every part may be measured alone; `--merge` adds what earlier calls measured, and alone measures nothing. Writes
 training.csv, training.json, training.md and training.png to `--output`. `--set batch.rows=1`, for example, overrides
-the configurations of all models.
+the configurations of all models: such rows stand beside the others, and no bar looks at them.
 
-    throughput   steps of the pair's configuration: tokens/s, TFLOP/s, MFU, peak memory
-    breakdown    the same steps, stage by stage
-    length       the Table 3 pair on documents of 1K to 64K tokens
+    throughput     steps of one micro-batch, else as the pair is configured: tokens/s, TFLOP/s, MFU, peak memory
+    accumulation   the same in steps of as many micro-batches as configured, where that is more than one
+    breakdown      steps of one micro-batch, stage by stage
+    length         the Table 3 pair on documents of 1K to 64K tokens
 
-A step is the trainer's own (train/step.py): forward, backward, clipping and AdamW under bf16 autocast, compiled, with
-one micro-batch. Its input is random tokens in windows of full length, one document each, as pretraining packs them.
+A step is the trainer's own (train/step.py): forward, backward, clipping and AdamW under bf16 autocast, compiled. Its
+input is random tokens in windows of full length, one document each, as pretraining packs them.
 An untrained detector is far from its ratio, so boundaries are drawn with probability 1 / R after the learned scores
 have been computed: concepts are ragged, and what the detector costs is in the time.
 
 FLOPs are 3 forwards of `dlcm.flops` at the tokens per concept that the steps really had; MFU is of 989.4 TFLOP/s.
-What is computed besides is not counted: replication, padding of concepts to a bucket, recomputed activations.
+What is computed besides is not counted: replication, room for concepts that stays empty, passes that ran again because
+there was too little of it (`misses`), recomputed activations.
 
 `length` keeps T at 65,536 tokens in a step, one document of 64K or 64 of 1K: so nothing but attention changes with the
 length, and one compilation serves all. Blocks are recomputed in the backward pass (activation_checkpointing=full), for
@@ -47,11 +50,10 @@ from dlcm.boundary import Boundaries, LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
 from dlcm.layout import PackedLayout
-from eval.bench import H100_BF16_FLOPS, Row, bars_table, one_line, record, write_csv, write_json
+from eval.bench import H100_BF16_FLOPS, Row, bars_table, merge_records, one_line, record, write_csv, write_json
 from eval.bench_training_report import (
     PAIRS,
     PARTS,
-    merge_records,
     merge_rows,
     must_show,
     page,
@@ -188,7 +190,8 @@ class Bench:
         Raises:
             ConfigError: overrides that do not fit the configuration.
         """
-        run = load_run_config(CONFIGS / pair / f"{architecture}.yaml", ["batch.accumulation=1", *overrides])
+        run = load_run_config(CONFIGS / pair / f"{architecture}.yaml", overrides)
+        self.configured_micro_batches = run.batch.accumulation
         self.run, self.device, self.ranks = run, device, Ranks()
         config = build_model_config(run)
         torch.manual_seed(run.seed)
@@ -208,6 +211,7 @@ class Bench:
         self.model.train()
         self.optimizer = build_optimizer(run, self.model)
         self.set_documents(run.batch.rows, run.data.sequence_length)
+        self.set_micro_batches(1)
         self._steps = 0
 
     def set_cross_attention(self, backend: CrossAttentionBackend | None) -> None:
@@ -236,10 +240,20 @@ class Bench:
                 )
             )
 
+    def set_micro_batches(self, number: int) -> None:
+        """How many the next steps have."""
+        self.run.batch.accumulation = number
+
+    @property
+    def misses(self) -> int:
+        """Micro-batches whose concepts had not been given room enough, since the beginning."""
+        return self.model.concept_rooms.misses if isinstance(self.model, DLCMForCausalLM) else 0
+
     def step(self, clock: StageClock | None = None) -> tuple[Tensor, Tensor]:
         """One optimiser step; its sums, and whether it was skipped, on the device."""
-        batch = self.batches[self._steps % BATCHES]
-        sums = forward_backward(self.run, self.model, [batch], self._steps, self.ranks)
+        first, number = self._steps, self.run.batch.accumulation
+        batches = [self.batches[index % BATCHES] for index in range(first, first + number)]
+        sums = forward_backward(self.run, self.model, batches, self._steps, self.ranks)
         if clock is not None:
             clock.mark("backward", "embedding")
         _, skipped = update_parameters(self.optimizer, sums, self.run.optimizer.clip_norm)
@@ -259,6 +273,7 @@ class Bench:
         return {
             "sequence_length": self.length,
             "documents": self.documents,
+            "micro_batches": run.batch.accumulation,
             "parameters": self.model.num_parameters(),
             "attention": resolve_backend(
                 config.attention_backend, self.device, dtype, token_block_shape(config).head_dim
@@ -281,6 +296,7 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     outcomes: list[tuple[Tensor, Tensor]] = []
+    misses = bench.misses
     began = time.perf_counter()
     while len(outcomes) < steps or time.perf_counter() - began < seconds:
         outcomes.append(bench.step())
@@ -295,6 +311,7 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
     on_gpu = bench.device.type == "cuda"
     return {
         "steps": len(outcomes),
+        "misses": bench.misses - misses,
         "step_ms": 1000 * step_seconds,
         "tokens_per_second": sums.tokens / step_seconds,
         "tokens_per_concept": sums.tokens / sums.concepts if sums.concepts else None,
@@ -336,7 +353,7 @@ def measure_breakdown(bench: Bench, warm_up: int, steps: int) -> list[Row]:
 def bench_model(
     pair: str, architecture: str, parts: Sequence[str], overrides: Sequence[str], device: torch.device
 ) -> list[Row]:
-    """Throughput and breakdown of one model of a pair, the DLCM with each kind of cross-attention.
+    """All of one model of a pair but its lengths, the DLCM with each kind of cross-attention.
 
     What cannot be done is told in a row's `note`.
     """
@@ -354,8 +371,12 @@ def bench_model(
         while missing:
             part, cross_attention = missing[0]
             bench.set_cross_attention(cross_attention)
+            bench.set_micro_batches(bench.configured_micro_batches if part == "accumulation" else 1)
             if part == "throughput":
                 measured = [measure_throughput(bench, WARM_UP_STEPS, STEPS, SECONDS)]
+            elif part == "accumulation":
+                several = bench.configured_micro_batches > 1
+                measured = [measure_throughput(bench, warm_up=1, steps=2, seconds=0)] if several else []
             else:
                 measured = measure_breakdown(bench, WARM_UP_STEPS, STEPS)
             for values in measured:
@@ -418,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sources.append(record(options.commit))
     recorded, output = merge_records(sources), Path(options.output)
 
-    for measure in jobs(options.pairs, parts, options.set, torch.device("cuda")):
+    for measure in jobs(options.pairs, options.models, parts, options.set, torch.device("cuda")):
         with released_memory():
             rows = merge_rows([rows, [{"commit": sources[-1]["commit"], **row} for row in measure()]])
         write_json(
@@ -434,13 +455,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def jobs(
-    pairs: Sequence[str], parts: Sequence[str], overrides: Sequence[str], device: torch.device
+    pairs: Sequence[str], models: Sequence[str], parts: Sequence[str], overrides: Sequence[str], device: torch.device
 ) -> Iterator[Callable[[], list[Row]]]:
     """What is to be measured, model by model."""
-    for pair, architecture in itertools.product(pairs, CROSS_ATTENTIONS):
-        if {"throughput", "breakdown"} & set(parts):
+    for pair, architecture in itertools.product(pairs, models):
+        if set(parts) - {"length"}:
             yield functools.partial(bench_model, pair, architecture, parts, overrides, device)
-    for architecture in CROSS_ATTENTIONS:
+    for architecture in models:
         if "length" in parts:
             yield functools.partial(bench_lengths, "table3", architecture, overrides, device)
 
@@ -450,6 +471,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.bench_training", description="Times training steps of DLCMs and their LLaMAs on one GPU."
     )
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
+    parser.add_argument("--models", nargs="+", choices=CROSS_ATTENTIONS, default=list(CROSS_ATTENTIONS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all, or none with --merge")
     parser.add_argument("--merge", nargs="+", type=Path, default=[], metavar="JSON", help="results of earlier calls")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every configuration")

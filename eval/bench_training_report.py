@@ -1,6 +1,6 @@
 """What `eval/bench_training.py` says about its rows: bars, tables and the figure, from rows alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from eval.bench import PALETTE, Bar, Row, bars_table, find, finish, markdown_table, record_lines, worst
-from eval.loading import EvaluationError
 
-PARTS = ("throughput", "breakdown", "length")
+PARTS = ("throughput", "accumulation", "breakdown", "length")
 PAIRS = ("small", "medium", "table3")
 MODELS = {
     ("dlcm", "ragged"): "DLCM",
@@ -31,27 +30,6 @@ STAGES = (
 LONG = 8192  # tokens at and above which the DLCM's step is to be the faster one
 
 
-def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One record for results of several calls.
-
-    Raises:
-        EvaluationError: they were measured on different machines, or with different versions.
-    """
-    machines = {record["machine"]["device"] for record in records}
-    if len(machines) != 1:
-        raise EvaluationError(f"results of different machines ({', '.join(sorted(machines))}): measure them on one")
-    if any(record["versions"] != records[0]["versions"] for record in records):
-        raise EvaluationError("results of different versions of torch and others: measure them with the same")
-    joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
-    last = records[-1]
-    return {
-        "machine": last["machine"],
-        "commit": joined["commit"],
-        "versions": last["versions"],
-        "command": joined["command"],
-    }
-
-
 def merge_rows(sources: Iterable[Sequence[Row]]) -> list[Row]:
     """The rows of several calls; what a later one measured again replaces what the earlier ones had."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -59,24 +37,28 @@ def merge_rows(sources: Iterable[Sequence[Row]]) -> list[Row]:
         own: dict[tuple[Any, ...], list[Row]] = {}
         for row in rows:
             length = row.get("sequence_length") if row["part"] == "length" else None
-            own.setdefault((row["part"], row["pair"], row["model"], row["cross_attention"], length), []).append(row)
+            key = (row["part"], row["pair"], row["model"], row["cross_attention"], length, row["overrides"])
+            own.setdefault(key, []).append(row)
         groups |= own
     return [row for group in groups.values() for row in group]
 
 
-def throughput(rows: Sequence[Row], pair: str, model: tuple[str, str | None]) -> Row:
-    return find(rows, part="throughput", pair=pair, model=model[0], cross_attention=model[1])
+def as_configured(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no override tells apart from the configurations."""
+    return [row for row in rows if not row["overrides"]]
+
+
+def throughput(rows: Sequence[Row], pair: str, model: tuple[str, str | None], part: str = "throughput") -> Row:
+    return find(as_configured(rows), part=part, pair=pair, model=model[0], cross_attention=model[1])
 
 
 def at_length(rows: Sequence[Row], length: int, model: tuple[str, str | None]) -> Row:
-    return find(rows, part="length", sequence_length=length, model=model[0], cross_attention=model[1])
+    return find(as_configured(rows), part="length", sequence_length=length, model=model[0], cross_attention=model[1])
 
 
 def ratio(ours: Row, theirs: Row, column: str) -> float | None:
-    """Of two rows measured under the same overrides."""
-    if column not in ours or column not in theirs or ours["overrides"] != theirs["overrides"]:
-        return None
-    return ours[column] / theirs[column]
+    """None where one of them has no such number."""
+    return ours[column] / theirs[column] if column in ours and column in theirs else None
 
 
 DLCM, REPLICATED, LLAMA = MODELS
@@ -91,15 +73,19 @@ def must_show(rows: Sequence[Row]) -> dict[str, Bar]:
     for pair in ("medium", "table3"):
         bars[f"MFU of the LLaMA, {pair}"] = Bar(throughput(rows, pair, LLAMA).get("mfu"), 0.45)
     ours, theirs = (throughput(rows, "table3", model) for model in (DLCM, LLAMA))
-    bars["tokens per second, DLCM over LLaMA, table3, 8,192 tokens"] = Bar(
+    bars["tokens per second, DLCM over LLaMA, table3, 8,192 tokens, one micro-batch a step"] = Bar(
         ratio(ours, theirs, "tokens_per_second"), 1.15
+    )
+    accumulated = tuple(throughput(rows, "table3", model, "accumulation") for model in (DLCM, LLAMA))
+    bars["tokens per second, DLCM over LLaMA, table3, 8,192 tokens, micro-batches as configured"] = Bar(
+        ratio(accumulated[0], accumulated[1], "tokens_per_second"), 1.15
     )
     lengths = [length for length in lengths_in(rows) if length >= LONG]
     bars["tokens per second, DLCM over LLaMA, table3, 8,192 tokens and more, blocks recomputed, least"] = Bar(
         worst(ratio(at_length(rows, n, DLCM), at_length(rows, n, LLAMA), "tokens_per_second") for n in lengths), 1.15
     )
     bars["GB at the peak, the larger of DLCM and LLaMA, table3, 8,192 tokens"] = Bar(
-        worst((row.get("peak_gb") for row in (ours, theirs)), at_most=True), 80.0, at_most=True
+        worst((row.get("peak_gb") for row in (ours, theirs, *accumulated)), at_most=True), 80.0, at_most=True
     )
     return bars
 
@@ -109,15 +95,18 @@ def page(recorded: dict[str, Any], bars: dict[str, Bar], rows: Sequence[Row]) ->
     parts = [
         "# Training steps",
         record_lines(recorded),
-        "Written by `eval/bench_training.py`, whose docstring says what a step is. Random tokens, one document a row, "
-        "one micro-batch a step. TFLOP/s and MFU count what the models need at the realised tokens per concept, 3 "
-        "forwards a step: not replication, nor padding of concepts, nor recomputed blocks.",
+        "Written by `eval/bench_training.py`, whose docstring says what a step is. Random tokens, one document a row. "
+        "TFLOP/s and MFU count what the models need at the realised tokens per concept, 3 forwards a step: not "
+        "replication, nor empty room for concepts, nor passes run again for want of room (misses), nor recomputed "
+        "blocks.",
         "## Bars",
         bars_table(bars),
         "![TFLOP/s by pair, time by stage, time by length](training.png)",
         "## Throughput",
         throughput_table(rows),
     ]
+    if len(as_configured(rows)) < len(rows):
+        parts += ["## Other settings", other_settings_table(rows)]
     for pair in PAIRS:
         if any(row["part"] == "breakdown" and row["pair"] == pair for row in rows):
             parts += [
@@ -141,31 +130,57 @@ def summary(rows: Sequence[Row]) -> str:
     """A few tables for the terminal."""
     pairs = [pair for pair in PAIRS if any(row["part"] == "breakdown" and row["pair"] == pair for row in rows)]
     tables = [breakdown_table(rows, pair) for pair in pairs]
-    return "\n\n".join([*tables, length_table(rows), notes_table(rows), throughput_table(rows)])
+    tables += [length_table(rows), notes_table(rows), other_settings_table(rows), throughput_table(rows)]
+    return "\n\n".join(tables)
+
+
+COLUMNS: dict[str, Callable[[Row], str | None]] = {
+    "documents x tokens": lambda row: f"{row['documents']} x {row['sequence_length']:,}",
+    "micro-batches": lambda row: str(row["micro_batches"]),
+    "parameters": lambda row: f"{row['parameters'] / 1e6:,.0f} M",
+    "R": lambda row: _shown(row["tokens_per_concept"], ".2f"),
+    "GFLOP / token": lambda row: _shown(row["flops_per_token"] / 1e9, ".2f"),
+    "tokens / s": lambda row: _shown(row["tokens_per_second"], ",.0f"),
+    "ms / step": lambda row: _shown(row["step_ms"], ",.1f"),
+    "TFLOP/s": lambda row: _shown(row["tflops"], ",.0f"),
+    "MFU": lambda row: _shown(row["mfu"], ".1%"),
+    "peak GB": lambda row: _shown(row["peak_gb"], ".1f"),
+    "reserved GB": lambda row: _shown(row["reserved_gb"], ".1f"),
+    "misses / steps": lambda row: f"{row['misses']} / {row['steps']}" if row["tokens_per_concept"] else None,
+}
 
 
 def throughput_table(rows: Sequence[Row]) -> str:
-    header = ("pair", "model", "documents x tokens", "parameters", "R", "GFLOP / token", "tokens / s", "ms / step")
     return markdown_table(
-        (*header, "TFLOP/s", "MFU", "peak GB", "reserved GB"),
+        ("pair", "model", *COLUMNS),
+        (
+            (pair, MODELS[model], *(cell(row) for cell in COLUMNS.values()))
+            for pair in PAIRS
+            for part in ("throughput", "accumulation")
+            for model in MODELS
+            if "tflops" in (row := throughput(rows, pair, model, part))
+        ),
+    )
+
+
+def other_settings_table(rows: Sequence[Row]) -> str:
+    """Throughput under overrides; the last column compares with the pair's LLaMA as configured."""
+
+    def over_llama(row: Row) -> str | None:
+        return _shown(ratio(row, throughput(rows, row["pair"], LLAMA, row["part"]), "tokens_per_second"), ".3f")
+
+    return markdown_table(
+        ("pair", "model", "settings", *COLUMNS, "tokens / s over LLaMA as configured"),
         (
             (
-                pair,
-                MODELS[model],
-                f"{row['documents']} x {row['sequence_length']:,}",
-                f"{row['parameters'] / 1e6:,.0f} M",
-                _shown(row["tokens_per_concept"], ".2f"),
-                _shown(row["flops_per_token"] / 1e9, ".2f"),
-                _shown(row["tokens_per_second"], ",.0f"),
-                _shown(row["step_ms"], ",.1f"),
-                _shown(row["tflops"], ",.0f"),
-                _shown(row["mfu"], ".1%"),
-                _shown(row["peak_gb"], ".1f"),
-                _shown(row["reserved_gb"], ".1f"),
+                row["pair"],
+                MODELS[row["model"], row["cross_attention"]],
+                f"`{row['overrides']}`",
+                *(cell(row) for cell in COLUMNS.values()),
+                over_llama(row),
             )
-            for pair in PAIRS
-            for model in MODELS
-            if "tflops" in (row := throughput(rows, pair, model))
+            for row in rows
+            if row["overrides"] and row["part"] in ("throughput", "accumulation") and "tflops" in row
         ),
     )
 
@@ -190,7 +205,7 @@ def breakdown_table(rows: Sequence[Row], pair: str) -> str:
 def stage_times(rows: Sequence[Row], pair: str, model: tuple[str, str | None]) -> dict[str, dict[str, float]]:
     """Milliseconds of each stage, by pass."""
     times: dict[str, dict[str, float]] = {}
-    for row in rows:
+    for row in as_configured(rows):
         if (row["part"], row["pair"], row["model"], row["cross_attention"]) == (
             "breakdown",
             pair,
@@ -201,7 +216,7 @@ def stage_times(rows: Sequence[Row], pair: str, model: tuple[str, str | None]) -
 
 
 def lengths_in(rows: Sequence[Row]) -> list[int]:
-    return sorted({row["sequence_length"] for row in rows if row["part"] == "length"})
+    return sorted({row["sequence_length"] for row in as_configured(rows) if row["part"] == "length"})
 
 
 def length_table(rows: Sequence[Row]) -> str:

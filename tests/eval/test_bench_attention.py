@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["as many", "grouped"])
-@pytest.mark.parametrize("path", [replication("sdpa"), flex(compiled=False)], ids=["replication", "flex"])
+@pytest.mark.parametrize("path", [replication("sdpa"), flex(compiled=None)], ids=["replication", "flex"])
 def test_paths_agree_with_the_dense_softmax(path: AttentionPath, kv_heads: int) -> None:
     boundary_T = torch.rand(61, generator=torch.Generator().manual_seed(0)) < 1 / 4
     problem = draw_problem((40, 1, 20), boundary_T, 4, kv_heads, 16, seed=0, device=CPU, dtype=torch.float64)
@@ -102,7 +102,9 @@ def fake_rows(**times: float) -> list[Row]:
     """Every case of the benchmark; `times` are those of forward and backward."""
     rows: list[Row] = []
     for case in all_cases():
-        for name in ("replicated_fa2", "flex", "ragged"):
+        for name in ("replicated_fa2", "flex", "flex_static", "ragged"):
+            if name not in times:
+                continue
             row: Row = {"path": name, "length": case.length, "boundaries": case.boundaries, "ratio": case.ratio}
             row |= {"head_dim": case.head_dim, "slots": case.length // case.ratio + 1, "extra_bytes": 256 * case.length}
             for which, share in (("forward", 0.3), ("forward_backward", 1.0)):
@@ -139,6 +141,30 @@ def test_bars_hold_exactly_where_they_should() -> None:
     rest = {name: bar for name, bar in bars.items() if "R = 4" not in name}
     assert [bar.value for bar in rest.values()] == pytest.approx([2.1, (1 + 1 / 2) / (1 + 1 / 8), 1.5], rel=1e-3)
     assert [bar.holds for bar in rest.values()] == [True, True, True]
+
+
+def test_the_faster_flex_attention_counts() -> None:
+    for faster, slower in (("flex", "flex_static"), ("flex_static", "flex")):
+        times = {faster: 1.4, f"{faster}_prepared": 1.25, slower: 9.0}
+        bars = must_show(fake_rows(ragged=1.0, replicated_fa2=9.0, **times), [])
+        assert [bar.value for name, bar in bars.items() if "mask given" in name] == [1.25] * 4
+        assert [bar.value for name, bar in bars.items() if "mask build" in name] == [1.4]
+
+
+def test_results_of_earlier_calls_are_merged_without_a_gpu(tmp_path: Path) -> None:
+    recorded = {"machine": {"device": "H100"}, "commit": "abc", "versions": {"torch": "2"}, "command": "first"}
+    rows, errors = fake_rows(ragged=1.0, replicated_fa2=3.0, flex=2.1, flex_prepared=1.4), fake_errors(2e-3, 2e-3)
+    later = [row | {"forward_backward_ms": 0.5} for row in rows if row["path"] == "ragged" and row["length"] == 2048]
+    for name, content in (("first", rows), ("second", later)):
+        text = json.dumps({**recorded, "command": name, "rows": content, "errors": errors if content is rows else []})
+        (tmp_path / f"{name}.json").write_text(text)
+    sources = [str(tmp_path / f"{name}.json") for name in ("first", "second")]
+    assert main(["--merge", *sources, "--output", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert content["command"] == "first; second"
+    assert len(content["rows"]) == len(rows) and len(content["errors"]) == len(errors)
+    faster = [row for row in content["rows"] if row.get("forward_backward_ms") == 0.5]
+    assert {(row["path"], row["length"]) for row in faster} == {("ragged", 2048)}
 
 
 def test_what_was_not_measured_does_not_hold() -> None:

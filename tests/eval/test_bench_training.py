@@ -10,7 +10,7 @@ import torch
 
 from dlcm.flops import forward_flops
 from dlcm.layout import PackedLayout
-from eval.bench import Row
+from eval.bench import Row, merge_records
 from eval.bench_training import (
     Bench,
     RatioDetector,
@@ -23,10 +23,10 @@ from eval.bench_training import (
 from eval.bench_training_report import (
     MODELS,
     PAIRS,
+    PARTS,
     STAGES,
     breakdown_table,
     length_table,
-    merge_records,
     merge_rows,
     must_show,
     page,
@@ -90,6 +90,9 @@ def test_throughput_counts_what_the_steps_had(architecture: str) -> None:
     assert row["tflops"] == pytest.approx(row["flops_per_token"] * row["tokens_per_second"] / 1e12)
     assert row["mfu"] is None and row["peak_gb"] is None
     assert (row["tokens_per_concept"] is None) == (architecture == "llama")
+    bench.set_micro_batches(2)
+    assert measure_throughput(bench, 0, 1, 0)["tokens_per_second"] > 0 and bench.describe()["micro_batches"] == 2
+    bench.set_micro_batches(1)
     bench.set_documents(1, 32)
     assert bench.describe()["sequence_length"] == 32
     if architecture == "llama":  # the other's FLOPs also vary with its concepts
@@ -143,6 +146,7 @@ def fake_rows(dlcm_tflops: float = 500.0, dlcm_tokens: float = 60_000.0, peak: f
             "cross_attention": cross_attention,
             "overrides": "",
             "documents": 2,
+            "micro_batches": 1,
             "parameters": 10**9,
         }
         numbers: Row = {
@@ -156,7 +160,9 @@ def fake_rows(dlcm_tflops: float = 500.0, dlcm_tokens: float = 60_000.0, peak: f
             "reserved_gb": 75.0,
             "flops_per_token": 8e9,
         }
-        numbers |= {"tokens_per_concept": 4.0 if is_dlcm else None}
+        numbers |= {"tokens_per_concept": 4.0 if is_dlcm else None, "steps": 12, "misses": 1}
+        several = {**key, "micro_batches": 16, "sequence_length": 8192, **numbers}
+        rows.append({"part": "accumulation", "pair": "table3", **several})
         for pair in PAIRS:
             rows.append({"part": "throughput", "pair": pair, **key, "sequence_length": 8192, **numbers})
             stages = [("forward", stage) for stage in STAGES[:-1]] + [("backward", stage) for stage in STAGES[:-1]]
@@ -170,13 +176,13 @@ def fake_rows(dlcm_tflops: float = 500.0, dlcm_tokens: float = 60_000.0, peak: f
 
 def test_bars_hold_exactly_where_they_should() -> None:
     bars = must_show(fake_rows())
-    assert len(bars) == 3 + 2 + 1 + 1 + 1 and all(bar.holds for bar in bars.values())
-    assert [bar.value for bar in bars.values()] == pytest.approx([1, 1, 1, 0.5, 0.5, 1.2, 1.2, 70])
+    assert len(bars) == 3 + 2 + 2 + 1 + 1 and all(bar.holds for bar in bars.values())
+    assert [bar.value for bar in bars.values()] == pytest.approx([1, 1, 1, 0.5, 0.5, 1.2, 1.2, 1.2, 70])
     bars = must_show(fake_rows(dlcm_tflops=470, dlcm_tokens=57_000, peak=81))
-    assert [bar.holds for bar in bars.values()] == [False] * 3 + [True] * 2 + [False] * 3
+    assert [bar.holds for bar in bars.values()] == [False] * 3 + [True] * 2 + [False] * 4
 
 
-def test_only_long_documents_and_like_overrides_count() -> None:
+def test_only_long_documents_and_rows_as_configured_count() -> None:
     rows = fake_rows()
     for row in rows:
         if row["part"] == "length" and row["sequence_length"] == 1024 and row["model"] == "dlcm":
@@ -184,7 +190,8 @@ def test_only_long_documents_and_like_overrides_count() -> None:
         if row["part"] == "throughput" and row["pair"] == "small" and row["model"] == "dlcm":
             row["overrides"] = "batch.rows=1"
     bars = list(must_show(rows).values())
-    assert bars[0].value is None and bars[6].value == pytest.approx(1.2)
+    assert bars[0].value is None and bars[7].value == pytest.approx(1.2)
+    assert page(fake_record(), must_show(rows), rows).count("| `batch.rows=1` |") == 2  # DLCM, by both kernels
 
 
 def test_nothing_measured_holds_nothing(tmp_path: Path) -> None:
@@ -204,7 +211,8 @@ def test_nothing_measured_holds_nothing(tmp_path: Path) -> None:
 
 def test_later_rows_replace_what_they_measure_again() -> None:
     old, new = fake_rows(), fake_rows(dlcm_tflops=1.0)
-    stage = {"part": "breakdown", "pair": "small", "model": "llama", "cross_attention": None, "note": "error: no"}
+    stage = {"part": "breakdown", "pair": "small", "model": "llama", "cross_attention": None, "overrides": ""}
+    stage["note"] = "error: no"
     merged = merge_rows([old, [row for row in new if row["part"] == "length"], [stage]])
     of_small = [
         row for row in merged if row["part"] == "breakdown" and row["pair"] == "small" and row["model"] == "llama"
@@ -214,6 +222,8 @@ def test_later_rows_replace_what_they_measure_again() -> None:
     assert len([row for row in merged if row["part"] != "breakdown"]) == len(
         [row for row in old if row["part"] != "breakdown"]
     )
+    other = {**old[0], "overrides": "batch.rows=1"}
+    assert merge_rows([old, [other]]) == [*old, other]
 
 
 def fake_record(device: str = "H100", command: str = "a") -> dict[str, Any]:
@@ -231,10 +241,9 @@ def test_records_of_one_machine_are_joined() -> None:
 
 def test_tables_say_what_rows_say() -> None:
     rows = fake_rows()
-    assert (
-        "| medium | DLCM | 2 x 8,192 | 1,000 M | 4.00 | 8.00 | 60,000 | 300.0 | 500 | 50.0% | 70.0 | 75.0 |"
-        in throughput_table(rows)
-    )
+    medium = "| medium | DLCM | 2 x 8,192 | 1 | 1,000 M | 4.00 | 8.00 | 60,000 | 300.0 | 500 | 50.0% | 70.0 | 75.0 |"
+    assert f"{medium} 1 / 12 |" in throughput_table(rows)
+    assert throughput_table(rows).count("| 2 x 8,192 | 16 |") == len(MODELS)
     breakdown = breakdown_table(rows, "small").splitlines()
     assert "| optimiser | 10.00 | 10.00 | 10.00 |" in breakdown and "| all | 150.0 | 150.0 | 150.0 |" in breakdown
     assert "| backbone | 10.00 / 10.00 | 10.00 / 10.00 | 10.00 / 10.00 |" in breakdown
@@ -244,17 +253,14 @@ def test_tables_say_what_rows_say() -> None:
 
 def test_results_of_earlier_calls_are_merged_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = fake_rows()
-    parts = {name: [row for row in rows if row["part"] == name] for name in ("throughput", "breakdown", "length")}
+    parts = {name: [row for row in rows if row["part"] == name] for name in PARTS}
     for name, of_part in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(fake_record(command=name) | {"rows": of_part}))
     assert (
         main(["--merge", *(str(tmp_path / f"{name}.json") for name in parts), "--output", str(tmp_path / "out")]) == 0
     )
     content = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert (
-        all(bar["holds"] for bar in content["must_show"].values())
-        and content["command"] == "throughput; breakdown; length"
-    )
+    assert all(bar["holds"] for bar in content["must_show"].values()) and content["command"] == "; ".join(PARTS)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"training.{kind}" for kind in ("json", "csv", "md", "png")
     }
