@@ -26,7 +26,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.layout import ConceptRooms, PackedLayout
 from dlcm.model import DLCMForCausalLM
 
-CONCEPT_BUCKET = 128  # a tile of a matrix product, of thousands of concepts: padding costs a few per cent at most
+CONCEPT_BUCKET = 64  # of thousands of concepts: it costs a per cent or two of the backbone
 
 
 class CompilationError(RuntimeError):

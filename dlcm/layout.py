@@ -72,7 +72,10 @@ class PackedLayout:
             max_seqlen = longest
         elif max_seqlen is None:
             max_seqlen = int(cu_seqlens_D1.diff().max())
-        return cls._of(cu_seqlens_D1.to(device=device, dtype=torch.int32, non_blocking=True), total, max_seqlen)
+        cu_seqlens_D1 = cu_seqlens_D1.to(torch.int32)
+        if device is not None and device.type == "cuda" and cu_seqlens_D1.device.type == "cpu":
+            cu_seqlens_D1 = cu_seqlens_D1.pin_memory()  # from elsewhere, a copy waits for all that the device has to do
+        return cls._of(cu_seqlens_D1.to(device, non_blocking=True), total, max_seqlen)
 
     @classmethod
     def _of(cls, cu_seqlens_D1: Tensor, total: int, max_seqlen: int) -> "PackedLayout":
@@ -277,7 +280,7 @@ class ConceptLayout:
 
         segment_T = cls._segments(tokens, boundary_T, visibility)
         ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
-        ends_D[-1] = room.total
+        ends_D = torch.nn.functional.pad(ends_D[:-1], (0, 1), value=room.total)
         cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))
         cu_slots_D1 = cu_concepts_D1 + torch.arange(len(cu_concepts_D1), device=cu_concepts_D1.device)
         closed_T = segment_T - cu_concepts_D1[tokens.document_T]  # concepts of the document that are closed at t

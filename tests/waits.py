@@ -54,7 +54,9 @@ class _Methods(TorchFunctionMode):
         self.places = places
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in METHODS:
+        # A number assigned to one element is a tensor of the CPU, copied from memory that is not pinned.
+        assigns_number = func is Tensor.__setitem__ and not isinstance(args[2], Tensor)
+        if func in METHODS or assigns_number:
             self.places[_place()] += 1
         return func(*args, **(kwargs or {}))
 
