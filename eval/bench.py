@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(record["versions"] != records[0]["versions"] for record in records):
         raise EvaluationError("results of different versions of torch and others: measure them with the same")
     joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
+    joined["command"] = re.sub(r" --output [^\s;]+", "", joined["command"])  # where results were written changes none
     last = records[-1]
     return {
         "machine": last["machine"],
@@ -125,7 +127,7 @@ def bars_table(must_show: Mapping[str, Bar]) -> str:
         (
             (
                 name,
-                None if bar.value is None else f"{bar.value:.3g}",
+                None if bar.value is None else f"{bar.value:#.3g}",
                 f"{'at most' if bar.at_most else 'at least'} {bar.target:g}",
                 "yes" if bar.holds else "**no**",
             )

@@ -129,7 +129,7 @@ def fake_errors(ours: float, theirs: float, dtype: str = "bfloat16") -> list[Row
 
 
 def test_bars_hold_exactly_where_they_should() -> None:
-    rows = fake_rows(ragged=1.0, ragged_prepared=0.5, replicated_fa2=3.0, flex=2.1, flex_prepared=1.2)
+    rows = fake_rows(ragged=1.0, ragged_prepared=0.5, replicated_fa2=3.0, flex=2.1, flex_prepared=1.2, flex_static=9.0)
     bars = must_show(rows, fake_errors(3e-3, 2e-3))
     assert len(bars) == 2 * (3 + 2) + 3
     by_words = {
@@ -168,7 +168,8 @@ def test_results_of_earlier_calls_are_merged_without_a_gpu(tmp_path: Path) -> No
 
 
 def test_what_was_not_measured_does_not_hold() -> None:
-    rows = [row for row in fake_rows(ragged=1.0, replicated_fa2=9.0, flex=9.0) if row["length"] <= 8192]
+    rows = fake_rows(ragged=1.0, replicated_fa2=9.0, flex=9.0, flex_static=9.0)
+    rows = [row for row in rows if row["length"] <= 8192]
     for row in rows:
         if row["path"] == "flex" and row["length"] == 4096:  # one case of many
             row.pop("forward_backward_ms")

@@ -233,6 +233,8 @@ def fake_record(device: str = "H100", command: str = "a") -> dict[str, Any]:
 def test_records_of_one_machine_are_joined() -> None:
     joined = merge_records([fake_record(), fake_record(command="b"), fake_record()])
     assert joined["command"] == "a; b" and joined["commit"] == "abc"
+    elsewhere = [fake_record(command=f"a --output /there{rest}") for rest in ("", " --pairs small")]
+    assert merge_records(elsewhere)["command"] == "a; a --pairs small"
     with pytest.raises(EvaluationError, match="different machines"):
         merge_records([fake_record(), fake_record("H200")])
     with pytest.raises(EvaluationError, match="different versions"):
