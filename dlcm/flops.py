@@ -1,22 +1,40 @@
-"""Forward FLOPs per token, stage by stage, as closed forms of the configuration.
+"""What the models cost, stage by stage, as closed forms of the configuration: parameters, FLOPs, bytes.
 
-Conventions: 2 FLOPs per multiply-add; causal attention is counted at half of its L x L products; norms, RoPE,
-softmax, embedding look-ups, pooling and the D null slots are left out. A training step is 3 forwards. What happens
-once per concept is charged 1 / R per token, with R the *realised* tokens per concept where it is known.
+Conventions, stated once:
 
-Counted is what the function needs, not what an implementation spends on it: a token reads each concept it may see
-once, so cross-attention is half of L x L/R products whatever runs it. What replication adds to that is not credited.
+- 2 FLOPs per multiply-add; matrix products alone. Norms, RoPE, softmax, SwiGLU's elementwise part, embedding look-ups,
+  pooling, the D null slots and the optimiser are left out.
+- Causal attention over a document of L tokens is counted at half of its L x L products, in training and prefill. A
+  decoded token reads all that is before it.
+- A backward pass costs two forwards.
+- What happens once per concept is charged 1 / R per token, R being the *realised* tokens per concept where it is known,
+  else the configuration's target.
+- Counted is what the function needs, not what an implementation spends on it: a token reads each concept that it may
+  see once, whatever runs it. `replicated` and `recompute` say what those implementations spend.
+
+Lengths: attention alone depends on L, and linearly. So documents of several lengths cost what documents of one do, the
+mean weighted by tokens (`weighted_length`).
+
+Legend: W a stage's width, F its SwiGLU width, KV its key-value width, E = d_token, C = d_concept, L tokens of a
+document, R tokens per concept.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.config import DLCMConfig, LlamaBaselineConfig
 
+Config = DLCMConfig | LlamaBaselineConfig
+FORWARDS_PER_STEP = 3
+STACKS = ("encoder", "backbone", "decoder")  # of blocks
+FULL, HALF = 4, 2  # bytes of a number in fp32 and in bf16
+
 
 @dataclass(frozen=True, slots=True)
-class ForwardFlops:
-    """FLOPs per token of each stage, in the order of the forward pass."""
+class ByStage:
+    """A cost of each stage, in the order of the forward pass."""
 
     stages: dict[str, float]
 
@@ -25,43 +43,256 @@ class ForwardFlops:
         return sum(self.stages.values())
 
 
+def weighted_length(lengths: Iterable[float]) -> float:
+    """Mean length of documents, weighted by tokens: sum l^2 / sum l."""
+    lengths = list(lengths)
+    return sum(length**2 for length in lengths) / sum(lengths)
+
+
+# Parameters
+
+
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Parameters of each stage; a final norm belongs to the stage it ends, smoothing to the backbone."""
+    token = token_block_shape(config)
+    table = config.vocab_size * config.d_token
+    if isinstance(config, LlamaBaselineConfig):
+        return {
+            "embedding": table,
+            "decoder": config.num_layers * _block_parameters(token) + config.d_token,
+            "head": table,
+        }
+    concept = concept_block_shape(config)
+    smoothing = config.d_concept if config.smoothing == "adjacent" else 0
+    cross = 2 * config.d_token**2 + 2 * config.d_concept * token.kv_width  # queries and output, keys and values
+    cross += config.d_token + config.d_concept + 2 * token.head_dim  # norms, and the null slot
+    return {
+        "embedding": table,
+        "encoder": config.encoder_layers * _block_parameters(token),
+        "detector": 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
+        "pooling": config.d_token * config.d_concept,
+        "backbone": config.backbone_layers * _block_parameters(concept) + config.d_concept + smoothing,
+        "cross_attention": cross,
+        "decoder": config.decoder_layers * _block_parameters(token) + config.d_token,
+        "head": table,
+    }
+
+
+def _block_parameters(shape: BlockShape) -> int:
+    norms = 2 * shape.width + (2 * shape.head_dim if shape.config.qk_norm else 0)
+    return _block_products(shape) + norms
+
+
+def _block_products(shape: BlockShape) -> int:
+    """Parameters that are multiplied with a token: 2 W^2 + 2 W KV + 3 W F."""
+    return 2 * shape.width**2 + 2 * shape.width * shape.kv_width + 3 * shape.width * shape.ffn
+
+
+# FLOPs
+
+
 def forward_flops(
-    config: DLCMConfig | LlamaBaselineConfig, sequence_length: float, tokens_per_concept: float | None = None
-) -> ForwardFlops:
+    config: Config, sequence_length: float, tokens_per_concept: float | None = None, *, replicated: bool = False
+) -> ByStage:
     """Forward FLOPs per token for documents of `sequence_length` tokens.
 
     Args:
         config: of either model.
-        sequence_length: tokens in a document (its mean, weighted by tokens, is right for attention too).
+        sequence_length: L.
         tokens_per_concept: R; None takes the configuration's target. A model without concepts ignores it.
+        replicated: count cross-attention as concept replication runs it (Eq. 17): over L keys instead of L / R.
     """
-    token_block = _block(token_block_shape(config), sequence_length)
-    head = 2 * config.d_token * config.vocab_size
-    if isinstance(config, LlamaBaselineConfig):
-        return ForwardFlops({"decoder": config.num_layers * token_block, "head": head})
+    return _flops(config, sequence_length / 2, tokens_per_concept, heads_per_token=1, replicated=replicated)
 
-    ratio = config.target_ratio if tokens_per_concept is None else tokens_per_concept
-    concept_block = _block(concept_block_shape(config), sequence_length / ratio)
-    return ForwardFlops(
+
+def training_flops(
+    config: Config, sequence_length: float, tokens_per_concept: float | None = None, *, recompute: bool = False
+) -> ByStage:
+    """FLOPs per token of forward and backward: three forwards.
+
+    Args:
+        config, sequence_length, tokens_per_concept: see `forward_flops`.
+        recompute: count blocks once more, as activation checkpointing runs them. MFU leaves that out.
+    """
+    forward = forward_flops(config, sequence_length, tokens_per_concept).stages
+    again = {stage: FORWARDS_PER_STEP + (recompute and stage in STACKS) for stage in forward}
+    return ByStage({stage: again[stage] * flops for stage, flops in forward.items()})
+
+
+def prefill_flops(config: Config, prompt: int, tokens_per_concept: float | None = None) -> ByStage:
+    """FLOPs of a whole prompt of so many tokens: a forward pass with the head at the last token alone."""
+    per_token = _flops(config, prompt / 2, tokens_per_concept, heads_per_token=1 / prompt)
+    return ByStage({stage: prompt * flops for stage, flops in per_token.stages.items()})
+
+
+def decode_flops(config: Config, context: int, tokens_per_concept: float | None = None) -> ByStage:
+    """FLOPs of one more token after `context` others, with a cache; the backbone's are spread over R tokens."""
+    return _flops(config, context, tokens_per_concept, heads_per_token=1)
+
+
+def _flops(
+    config: Config, keys: float, tokens_per_concept: float | None, heads_per_token: float, replicated: bool = False
+) -> ByStage:
+    """Of one token that reads `keys` others at token level, on average."""
+    token = token_block_shape(config)
+    head = 2 * config.d_token * config.vocab_size * heads_per_token
+    if isinstance(config, LlamaBaselineConfig):
+        return ByStage({"decoder": config.num_layers * _block_flops(token, keys), "head": head})
+    ratio = _ratio(config, tokens_per_concept)
+    cross_keys = keys if replicated else keys / ratio
+    return ByStage(
         {
-            "encoder": config.encoder_layers * token_block,
+            "encoder": config.encoder_layers * _block_flops(token, keys),
             "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
             "pooling": 2 * config.d_token * config.d_concept / ratio,
-            "backbone": config.backbone_layers * concept_block / ratio,
+            "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys / ratio) / ratio,
             "cross_attention": 2 * 2 * config.d_token**2
-            + 2 * 2 * config.d_concept * token_block_shape(config).kv_width / ratio
-            + _attention(config.d_token, sequence_length / ratio),
-            "decoder": config.decoder_layers * token_block,
+            + 2 * 2 * config.d_concept * token.kv_width / ratio
+            + _attention_flops(config.d_token, cross_keys),
+            "decoder": config.decoder_layers * _block_flops(token, keys),
             "head": head,
         }
     )
 
 
-def _block(shape: BlockShape, length: float) -> float:
-    projections = 2 * shape.width**2 + 2 * shape.width * shape.kv_width
-    return 2 * (projections + 3 * shape.width * shape.ffn) + _attention(shape.width, length)
+def _block_flops(shape: BlockShape, keys: float) -> float:
+    return 2 * _block_products(shape) + _attention_flops(shape.width, keys)
 
 
-def _attention(width: int, keys: float) -> float:
-    """Scores and mixing per query, 2 * 2 * width * keys, at half: causality hides every other one of the `keys`."""
-    return 2 * width * keys
+def _attention_flops(width: int, keys: float) -> float:
+    """Scores and mixing of one query: 2 products of `width` multiply-adds with every key."""
+    return 2 * 2 * width * keys
+
+
+def _ratio(config: DLCMConfig, tokens_per_concept: float | None) -> float:
+    return config.target_ratio if tokens_per_concept is None else tokens_per_concept
+
+
+# Bytes
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes on one device in training: fp32 parameters and AdamW, bf16 autocast, compiled blocks, chunked head."""
+
+    parameters: float
+    gradients: float
+    optimiser: float
+    activations: float  # kept from forward to backward, with what one recomputed block needs
+    head: float  # one chunk of logits, and the gradients of head and hidden states
+    accumulates: bool
+
+    @property
+    def peak(self) -> float:
+        """Gradients appear as activations go, unless those of an earlier micro-batch are there from the start."""
+        fixed = self.parameters + self.optimiser
+        passing = self.activations + self.head
+        return fixed + (self.gradients + passing if self.accumulates else max(self.gradients, passing))
+
+
+def training_memory(
+    config: Config,
+    tokens: int,
+    tokens_per_concept: float | None = None,
+    *,
+    recompute: bool = False,
+    accumulates: bool = False,
+    head_chunk: int = 4096,
+) -> TrainingMemory:
+    """Closed form of a training step's memory for `tokens` in a micro-batch.
+
+    A block keeps, per token: its input, the residual between attention and SwiGLU (fp32), and in bf16 what products
+    read: two normed inputs, queries, keys, values, what attention returns, gate, up, and their product. So
+    4 (2 W) + 2 (2 W + W + 2 KV + W) + 2 (3 F) bytes. Recomputed, it keeps its input. Between the stacks of a DLCM some
+    ten tensors of token width are kept. Small things (statistics of norms and softmax, workspaces) are left out.
+
+    Args:
+        config: of either model.
+        tokens: T.
+        tokens_per_concept: R; None takes the configuration's target.
+        recompute: activation checkpointing of every block.
+        accumulates: whether a step has several micro-batches.
+        head_chunk: tokens whose logits are there at once.
+    """
+    number = sum(parameter_counts(config).values())
+    token, depth = token_block_shape(config), getattr(config, "num_layers", 0)
+    stacks: list[tuple[BlockShape, int, float]] = [(token, depth, tokens)]
+    between = 0.0
+    if isinstance(config, DLCMConfig):
+        concepts = tokens / _ratio(config, tokens_per_concept)
+        stacks = [(token, config.encoder_layers + config.decoder_layers, tokens)]
+        stacks.append((concept_block_shape(config), config.backbone_layers, concepts))
+        between = 10 * FULL * config.d_token * tokens
+    whole = [rows * _block_activation_bytes(shape) for shape, _, rows in stacks]
+    if recompute:
+        kept = sum(layers * rows * FULL * shape.width for shape, layers, rows in stacks) + max(whole)
+    else:
+        kept = sum(layers * each for (_, layers, _), each in zip(stacks, whole, strict=True))
+    table = config.vocab_size * config.d_token
+    return TrainingMemory(
+        parameters=FULL * number,
+        gradients=FULL * number,
+        optimiser=2 * FULL * number,
+        activations=kept + between,
+        head=HALF * config.vocab_size * min(head_chunk, tokens)
+        + (HALF + FULL) * table
+        + FULL * config.d_token * tokens,
+        accumulates=accumulates,
+    )
+
+
+def _block_activation_bytes(shape: BlockShape) -> float:
+    in_full = 2 * shape.width
+    in_half = 4 * shape.width + 2 * shape.kv_width + 3 * shape.ffn
+    return FULL * in_full + HALF * in_half
+
+
+def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = None, *, number: int = HALF) -> ByStage:
+    """Bytes of keys and values that decoding keeps per token of context.
+
+    Args:
+        config: of either model.
+        tokens_per_concept: R; None takes the configuration's target.
+        number: bytes of one number.
+    """
+    pair = 2 * number * token_block_shape(config).kv_width
+    if isinstance(config, LlamaBaselineConfig):
+        return ByStage({"decoder": config.num_layers * pair})
+    ratio = _ratio(config, tokens_per_concept)
+    concept_pair = 2 * number * concept_block_shape(config).kv_width
+    return ByStage(
+        {
+            "encoder": config.encoder_layers * pair,
+            "backbone": config.backbone_layers * concept_pair / ratio,
+            "cross_attention": pair / ratio,
+            "decoder": config.decoder_layers * pair,
+        }
+    )
+
+
+def decode_bytes(
+    config: Config, context: int, batch: int = 1, tokens_per_concept: float | None = None, *, number: int = HALF
+) -> ByStage:
+    """Bytes read per decoded token: a share of the weights, which one step of a batch reads once, and the cache.
+
+    Pooling, backbone and the keys and values of cross-attention are read in steps where a segment closes in at least
+    one row: in a share 1 - (1 - 1/R)^batch of them, if rows close independently. Activations are left out.
+
+    Args:
+        config: of either model.
+        context: tokens before this one, in each row.
+        batch: rows that are decoded together.
+        tokens_per_concept: R; None takes the configuration's target.
+        number: bytes of one number, of weights and cache.
+    """
+    weights: dict[str, float] = {stage: number * count for stage, count in parameter_counts(config).items()}
+    weights["embedding"] = number * config.d_token * batch  # a row of the table for each
+    cache = dict(cache_bytes_per_token(config, tokens_per_concept, number=number).stages)
+    if isinstance(config, DLCMConfig):
+        ratio = _ratio(config, tokens_per_concept)
+        closing = 1 - (1 - 1 / ratio) ** batch
+        by_concept = 2 * number * config.d_concept * token_block_shape(config).kv_width
+        weights["cross_attention"] += (closing - 1) * by_concept
+        for stage in ("pooling", "backbone"):
+            weights[stage] *= closing
+        cache["backbone"] /= ratio  # which reads its cache once per concept
+    return ByStage({stage: weight / batch + context * cache.get(stage, 0.0) for stage, weight in weights.items()})

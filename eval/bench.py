@@ -26,7 +26,6 @@ from eval.loading import EvaluationError
 Row = dict[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
-H100_BF16_FLOPS = 989.4e12  # dense, per second: H100 and H200 SXM by their datasheet
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from eval.bench import (
-    H100_BF16_FLOPS,
     PALETTE,
     Bar,
     Row,
@@ -21,6 +20,7 @@ from eval.bench import (
     record_lines,
     worst,
 )
+from train.utilisation import PEAK_FLOPS
 
 LABELS = {
     "replicated_fa2": "replication, torch varlen FA2",
@@ -161,7 +161,7 @@ def page(recorded: dict[str, Any], bars: dict[str, Bar], rows: Sequence[Row], er
     parts += [
         "## TFLOP/s",
         "Of the function's FLOPs, preparation left out, forward / forward and backward. "
-        f"The datasheet's peak, dense bf16, is {H100_BF16_FLOPS / 1e12:.0f}.",
+        f"The datasheet's peak of an H100, dense bf16, is {PEAK_FLOPS['H100'] / 1e12:.0f}.",
         rates_table(rows),
         "## With launches",
         "From the call to the end of the last kernel, preparation included, R = 4, head dimension 64, ms:",

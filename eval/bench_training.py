@@ -19,9 +19,9 @@ input is random tokens in windows of full length, one document each, as pretrain
 An untrained detector is far from its ratio, so boundaries are drawn with probability 1 / R after the learned scores
 have been computed: concepts are ragged, and what the detector costs is in the time.
 
-FLOPs are 3 forwards of `dlcm.flops` at the tokens per concept that the steps really had; MFU is of 989.4 TFLOP/s.
-What is computed besides is not counted: replication, room for concepts that stays empty, passes that ran again because
-there was too little of it (`misses`), recomputed activations.
+FLOPs are 3 forwards of `dlcm.flops` at the tokens per concept that the steps really had; MFU is of the datasheet's peak
+(train/utilisation.py). What is computed besides is not counted: replication, room for concepts that stays empty, passes
+that ran again because there was too little of it (`misses`), recomputed activations.
 
 `length` keeps T at 65,536 tokens in a step, one document of 64K or 64 of 1K: so nothing but attention changes with the
 length, and one compilation serves all. Blocks are recomputed in the backward pass (activation_checkpointing=full), for
@@ -50,7 +50,7 @@ from dlcm.boundary import Boundaries, LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
 from dlcm.layout import PackedLayout
-from eval.bench import H100_BF16_FLOPS, Row, bars_table, merge_records, one_line, record, write_csv, write_json
+from eval.bench import Row, bars_table, merge_records, one_line, record, write_csv, write_json
 from eval.bench_training_report import (
     PAIRS,
     PARTS,
@@ -70,11 +70,12 @@ from train.step import (
     StepSums,
     collector_whole_afterwards,
     forward_backward,
+    model_flops,
     spare_the_collector,
-    training_flops,
     update_parameters,
     uses_bf16,
 )
+from train.utilisation import datasheet_peak, utilisation
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CROSS_ATTENTIONS: dict[str, tuple[CrossAttentionBackend | None, ...]] = {
@@ -287,7 +288,8 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
     """Speed and memory of at least `steps` steps, and of at least `seconds`.
 
     Raises:
-        EvaluationError: a step was skipped, which would have been cheaper than others; or an MFU above 1.
+        EvaluationError: a step was skipped, which would have been cheaper than others.
+        UtilisationError: an MFU above 1.
     """
     for _ in range(warm_up):
         bench.step()
@@ -307,7 +309,7 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
     if any(bool(skipped) for _, skipped in outcomes):
         raise EvaluationError("a measured step was skipped: its loss or gradient was not finite")
     sums = StepSums(*torch.stack([sums for sums, _ in outcomes]).mean(0).tolist())
-    flops = training_flops(sums, bench.model, bench.run.batch)
+    needed, peak = model_flops(sums, bench.model), datasheet_peak(bench.device)
     on_gpu = bench.device.type == "cuda"
     return {
         "steps": len(outcomes),
@@ -315,27 +317,12 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
         "step_ms": 1000 * step_seconds,
         "tokens_per_second": sums.tokens / step_seconds,
         "tokens_per_concept": sums.tokens / sums.concepts if sums.concepts else None,
-        "flops_per_token": flops / sums.tokens,
-        "tflops": flops / step_seconds / 1e12,
-        "mfu": model_flops_utilisation(flops / step_seconds, bench.device),
+        "flops_per_token": needed / sums.tokens,
+        "tflops": needed / step_seconds / 1e12,
+        "mfu": None if peak is None else utilisation(needed / step_seconds, peak),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else None,
     }
-
-
-def model_flops_utilisation(flops_per_second: float, device: torch.device) -> float | None:
-    """Share of the datasheet's dense bf16 peak of an H100 or H200 SXM; None on another device.
-
-    Raises:
-        EvaluationError: it is above 1, so the FLOPs or the seconds are wrong.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if not any(known in name for known in ("H100 80GB HBM3", "H200")) or "NVL" in name:
-        return None
-    share = flops_per_second / H100_BF16_FLOPS
-    if share > 1:
-        raise EvaluationError(f"MFU is {share:.2f}: no step is faster than the hardware, so FLOPs or seconds are wrong")
-    return share
 
 
 def measure_breakdown(bench: Bench, warm_up: int, steps: int) -> list[Row]:

@@ -139,6 +139,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = within(AT_LEAST_ONE, 10)
+    mfu: Literal["datasheet", "measured"] = "datasheet"  # of which peak; an unknown device has none by datasheet
     max_bad_steps: int = within(AT_LEAST_ONE, 10)  # non-finite steps in a row that stop the run
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
-WALL_CLOCK = ("tokens_per_second",)
+WALL_CLOCK = ("tokens_per_second", "mfu")
 
 Kind = Literal["train", "validation"]
 

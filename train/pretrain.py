@@ -64,12 +64,14 @@ from train.step import (
     concept_metrics,
     forward_backward,
     mean_losses,
+    model_flops,
     spare_the_collector,
     training_flops,
     update_parameters,
     uses_bf16,
 )
 from train.tokenizer import TokenizerError, load_tokenizer
+from train.utilisation import UtilisationError, datasheet_peak, measured_peak, utilisation
 
 WARM_UP_STEPS = 3  # after which a training step compiles nothing more
 
@@ -80,7 +82,7 @@ class TrainingError(RuntimeError):
 
 # What a user can cause and mend: told in one line.
 ERRORS = (
-    *(ConfigError, DataError, TokenizerError, CheckpointError, MetricsError, TrainingError),
+    *(ConfigError, DataError, TokenizerError, CheckpointError, MetricsError, TrainingError, UtilisationError),
     *(AttentionBackendError, CompilationError, OSError),
 )
 
@@ -125,6 +127,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     if run.compile:
         compile_blocks_(model)
     parallel = DistributedDataParallel(model) if ranks.size > 1 else model
+    peak_flops = measured_peak(device) if run.mfu == "measured" else datasheet_peak(device)
     model.train()
 
     def save() -> int:
@@ -203,8 +206,11 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                     "tokens": state.tokens,
                     "flops": state.flops,
                     "skipped": state.skipped,
-                    "tokens_per_second": throughput.rate(),
+                    "tokens_per_second": (rate := throughput.rate()),
                 }
+                if peak_flops is not None and state.step > warm:  # before, seconds went into compilation
+                    needed_flops = model_flops(numbers.sums, model) / numbers.sums.tokens
+                    values["mfu"] = utilisation(rate * needed_flops, peak_flops * ranks.size)
                 log.write("train", state.step, values)
                 show_progress(bar, values)
                 throughput.restart()

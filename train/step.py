@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.boundary import LearnedDetector
-from dlcm.flops import forward_flops
+from dlcm.flops import FORWARDS_PER_STEP, ByStage, forward_flops
 from dlcm.global_parser import ParserStatistics, RunningStatistics, ratio_loss
 from dlcm.host import OnHost
 from train.config import BatchConfig, RunConfig
@@ -30,7 +30,6 @@ from train.distributed import Ranks
 from train.metrics import bits_per_byte
 
 Model = DLCMForCausalLM | LlamaBaselineForCausalLM
-FORWARDS_PER_STEP = 3  # in FLOPs: the backward pass costs as much as two
 
 
 class StepSums(NamedTuple):
@@ -272,15 +271,19 @@ def concept_metrics(sums: StepSums, model: Model) -> dict[str, float]:
     return values
 
 
-def training_flops(sums: StepSums, model: Model, batch: BatchConfig) -> float:
-    """FLOPs of a step, at the documents and concepts that it really had.
+def model_flops(sums: StepSums, model: Model) -> float:
+    """FLOPs that the model needs for a step, at the documents and concepts that it really had: what MFU counts."""
+    return FORWARDS_PER_STEP * _forward(sums, model).total * sums.tokens
 
-    Forward and backward, and the pass that counts boundaries ahead where there is one.
-    """
-    length = sums.squared_lengths / sums.tokens
+
+def training_flops(sums: StepSums, model: Model, batch: BatchConfig) -> float:
+    """FLOPs that a step spends: what the model needs, and the pass that counts boundaries ahead where there is one."""
+    stages = _forward(sums, model).stages
+    ahead = stages["encoder"] + stages["detector"] if counts_boundaries_first(model, batch) else 0.0
+    return model_flops(sums, model) + ahead * sums.tokens
+
+
+def _forward(sums: StepSums, model: Model) -> ByStage:
+    """Per token, of the step's own documents and concepts."""
     ratio = sums.tokens / sums.concepts if sums.concepts else None
-    forward = forward_flops(model.config, length, ratio)
-    per_token = FORWARDS_PER_STEP * forward.total
-    if counts_boundaries_first(model, batch):
-        per_token += forward.stages["encoder"] + forward.stages["detector"]
-    return per_token * sums.tokens
+    return forward_flops(model.config, sums.squared_lengths / sums.tokens, ratio)

@@ -1,4 +1,8 @@
-"""The closed forms against torch's own counter, stage by stage, and against the paper's table."""
+"""The closed forms against built models, torch's own counter, measured memory, and the paper's table."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,9 +10,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.boundary import Boundaries
 from dlcm.cross_attention import CrossAttention
-from dlcm.flops import forward_flops
+from dlcm.flops import (
+    cache_bytes_per_token,
+    decode_bytes,
+    decode_flops,
+    forward_flops,
+    parameter_counts,
+    prefill_flops,
+    training_flops,
+    training_memory,
+    weighted_length,
+)
 from dlcm.layout import ConceptLayout, PackedLayout
+from train.config import build_model_config, load_run_config
+
+ROOT = Path(__file__).parents[2]
 
 TOKENS = dict(vocab_size=160, d_token=64, token_heads=4, token_kv_heads=2, token_ffn=96)
 LENGTH, DOCUMENTS = 64, 3
@@ -96,3 +114,179 @@ def test_the_papers_pair():
     assert forward_flops(baseline, 8192).total == pytest.approx(3.01e9, rel=0.01)
     assert forward_flops(dlcm, 8192, 4).total == pytest.approx(2.39e9, rel=0.01)
     assert forward_flops(dlcm, 8192, 8).total == pytest.approx(2.01e9, rel=0.01)
+
+
+# Parameters
+
+
+def built(config: DLCMConfig | LlamaBaselineConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return (DLCMForCausalLM if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM)(config)
+
+
+RUNS = sorted(path for name in ("dlcm", "llama") for path in (ROOT / "configs").glob(f"*/{name}.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_parameters_of_every_configuration_are_exact(path: Path):
+    config = build_model_config(load_run_config(path))
+    assert sum(parameter_counts(config).values()) == built(config).num_parameters()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("smoothing", ["adjacent", "none"])
+@pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
+def test_parameters_are_exact_stage_by_stage(segmenter: str, smoothing: str, qk_norm: bool):
+    shapes = dict(d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, d_scan=48)
+    config = DLCMConfig(**TOKENS, **shapes, segmenter=segmenter, smoothing=smoothing, qk_norm=qk_norm)
+    model = built(config)
+    modules = {
+        "embedding": [model.embed_tokens],
+        "encoder": [model.encoder],
+        "detector": [model.detector],
+        "pooling": [model.pooling],
+        "backbone": [model.backbone, model.backbone_norm, model.smoothing],
+        "cross_attention": [model.cross_attention],
+        "decoder": [model.decoder, model.decoder_norm],
+        "head": [model.lm_head],
+    }
+    counts = {stage: sum(p.numel() for m in parts for p in m.parameters()) for stage, parts in modules.items()}
+    assert parameter_counts(config) == counts
+    assert sum(counts.values()) == model.num_parameters()
+
+
+# Training, prefill, decode
+
+
+def counted_alone(module: torch.nn.Module, inputs: tuple, tokens: int) -> float:
+    """FLOPs per token of a stage's forward and backward, attention (the batched products) at half."""
+    inputs = tuple(
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
+    )
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = module(*inputs)
+        (output.probability_T if isinstance(output, Boundaries) else output).sum().backward()
+    operations = counter.get_flop_counts()["Global"]
+    return sum(flops / (2 if "bmm" in str(op) else 1) for op, flops in operations.items()) / tokens
+
+
+@pytest.mark.parametrize("architecture", ["dlcm", "llama"])
+def test_training_matches_the_counter_stage_by_stage(architecture: str):
+    config: DLCMConfig | LlamaBaselineConfig
+    if architecture == "dlcm":
+        shapes = dict(d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, d_scan=48)
+        # replicated, for the counter to see the products of cross-attention; at R = 1 they are those of the function
+        config = DLCMConfig(**TOKENS, **shapes, cross_attention_backend="replicated")
+        model = DLCMForCausalLM(config)
+        model.detector.threshold = 0.0
+    else:
+        config = LlamaBaselineConfig(**TOKENS, num_layers=3)
+        model = LlamaBaselineForCausalLM(config)
+    ids = torch.randint(160, (DOCUMENTS, LENGTH))
+    expected = training_flops(config, LENGTH, 1.0).stages
+    modules = {stage: getattr(model, "lm_head" if stage == "head" else stage) for stage in expected}
+    inputs: dict[str, tuple] = {}
+    for stage, module in modules.items():
+        module.register_forward_pre_hook(lambda _, given, stage=stage: inputs.setdefault(stage, given) and None)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model.eval()(ids, labels=ids)
+        output.loss.backward()
+    for stage, flops in expected.items():
+        assert counted_alone(modules[stage], inputs[stage], ids.numel()) == pytest.approx(flops, rel=0.02), stage
+    operations = counter.get_flop_counts()["Global"]
+    whole = sum(flops / (2 if "bmm" in str(op) else 1) for op, flops in operations.items()) / ids.numel()
+    assert whole == pytest.approx(sum(expected.values()), rel=0.02)
+
+
+CONFIGS = [
+    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160),
+    LlamaBaselineConfig(**TOKENS, num_layers=3),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["dlcm", "llama"])
+def test_a_prompt_costs_what_decoding_it_would(config: DLCMConfig | LlamaBaselineConfig):
+    """Token by token, but for the heads of all tokens but the last."""
+    length = 400
+    decoded = sum(decode_flops(config, context).total for context in range(length))
+    heads = (length - 1) * 2 * config.d_token * config.vocab_size
+    assert prefill_flops(config, length).total == pytest.approx(decoded - heads, rel=0.01)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["dlcm", "llama"])
+def test_recomputation_and_replication_cost_more_where_they_happen(config: DLCMConfig | LlamaBaselineConfig):
+    forward, plain = forward_flops(config, 512).stages, training_flops(config, 512).stages
+    again = training_flops(config, 512, recompute=True).stages
+    stacks = {"encoder", "backbone", "decoder"} & forward.keys()
+    assert {stage: again[stage] - plain[stage] for stage in stacks} == pytest.approx(
+        {stage: forward[stage] for stage in stacks}
+    )
+    assert all(again[stage] == plain[stage] for stage in forward.keys() - stacks)
+    replicated = forward_flops(config, 512, replicated=True).stages
+    assert {stage for stage in forward if replicated[stage] > forward[stage]} == (
+        {"cross_attention"} if isinstance(config, DLCMConfig) else set()
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["dlcm", "llama"])
+def test_documents_cost_what_their_weighted_length_does(config: DLCMConfig | LlamaBaselineConfig):
+    lengths = [3, 500, 90, 1]
+    apart = sum(length * forward_flops(config, length).total for length in lengths)
+    assert sum(lengths) * forward_flops(config, weighted_length(lengths)).total == pytest.approx(apart)
+
+
+# Bytes
+
+
+def test_the_cache_of_the_papers_pair():
+    """At R = 4 at most half the baseline's bytes per token of context."""
+    dlcm, llama = (
+        build_model_config(load_run_config(ROOT / "configs" / "table3" / f"{name}.yaml")) for name in ("dlcm", "llama")
+    )
+    theirs, ours = cache_bytes_per_token(llama).total, cache_bytes_per_token(dlcm, 4.0).total
+    assert theirs == 32 * 2 * 1536 * 2
+    assert ours == (10 + 6) * 2 * 768 * 2 + 16 * 2 * 1536 * 2 / 4 + 2 * 768 * 2 / 4
+    assert ours / theirs < 0.5
+
+
+def test_bytes_of_decoding():
+    dlcm, llama = CONFIGS
+    count = parameter_counts(llama)
+    alone = decode_bytes(llama, context=0)
+    assert alone.total == 2 * (sum(count.values()) - count["embedding"] + llama.d_token)
+    in_batch = decode_bytes(llama, context=100, batch=10)
+    cache = 100 * cache_bytes_per_token(llama).total
+    assert in_batch.total == pytest.approx((alone.total - 2 * llama.d_token) / 10 + 2 * llama.d_token + cache)
+    # At R = 1 a segment closes with every token: all weights are read, and the whole cache.
+    every = decode_bytes(dlcm, context=100, tokens_per_concept=1.0)
+    count = parameter_counts(dlcm)
+    weights = 2 * (sum(count.values()) - count["embedding"] + dlcm.d_token)
+    assert every.total == pytest.approx(weights + 100 * cache_bytes_per_token(dlcm, 1.0).total)
+    # The more rows, the more steps in which one of them closes a segment.
+    shares = [decode_bytes(dlcm, 0, batch, 4.0).stages["backbone"] * batch / 2 for batch in (1, 2, 1000)]
+    assert [share / count["backbone"] for share in shares] == pytest.approx([1 / 4, 1 - (3 / 4) ** 2, 1])
+
+
+def measured_peaks() -> Iterator[tuple[str, str, dict]]:
+    rows = json.loads((ROOT / "docs" / "results" / "training.json").read_text())["rows"]
+    for row in rows:
+        if row["part"] in ("throughput", "accumulation", "length") and row["cross_attention"] != "replicated":
+            yield row["pair"], row["model"], row
+
+
+@pytest.mark.parametrize(
+    ("pair", "model", "row"),
+    list(measured_peaks()),
+    ids=lambda value: value if isinstance(value, str) else value["part"],
+)
+def test_memory_is_within_a_tenth_of_what_was_measured(pair: str, model: str, row: dict):
+    """On one H100; at 65,536 tokens in a step where blocks are recomputed."""
+    run = load_run_config(ROOT / "configs" / pair / f"{model}.yaml", row["overrides"].split())
+    memory = training_memory(
+        build_model_config(run),
+        row["documents"] * row["sequence_length"],
+        row.get("tokens_per_concept"),
+        recompute=row["activation_checkpointing"] == "full",
+        accumulates=row["micro_batches"] > 1,
+    )
+    assert memory.peak / 1e9 == pytest.approx(row["peak_gb"], rel=0.1)

@@ -569,6 +569,28 @@ def test_logged_numbers_are_consistent(data: Path, tmp_path: Path):
     assert 8 * lower < lines[-1]["flops"] < 8 * upper
 
 
+def test_utilisation_is_of_what_the_model_needs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pretrain_module, "measured_peak", lambda device: 1e15)
+    batch = {"accumulation": 2}  # FLOPs of the pass ahead are spent, but not needed
+    assert (
+        main([str(write_config(tmp_path / "a.yaml", "dlcm", data, tmp_path / "a", mfu="measured", batch=batch))]) == 0
+    )
+    lines = [line for line in read_metrics(tmp_path / "a") if line["kind"] == "train"]
+    warm = pretrain_module.WARM_UP_STEPS
+    assert all(("mfu" in line) == (line["step"] > warm) for line in lines)
+    for before, line in zip(lines[warm - 1 :], lines[warm:], strict=False):
+        spent = (line["flops"] - before["flops"]) / 256  # per token
+        assert 0.6 * spent < line["mfu"] * 1e15 / line["tokens_per_second"] < 0.99 * spent
+
+
+def test_utilisation_above_one_stops_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(pretrain_module, "measured_peak", lambda device: 1.0)
+    assert main([str(write_config(tmp_path / "a.yaml", "llama", data, tmp_path / "a", mfu="measured"))]) == 2
+    assert "MFU is" in capsys.readouterr().err
+
+
 def test_steps_flops_are_of_the_real_documents_and_concepts():
     config = pretrain_module.DLCMConfig(
         **{key: value for key, value in MODELS["dlcm"].items() if key not in ("architecture", "target_ratio")},
