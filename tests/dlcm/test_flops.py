@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
-from dlcm.boundary import Boundaries
 from dlcm.cross_attention import CrossAttention
 from dlcm.flops import (
     cache_bytes_per_token,
@@ -24,6 +23,7 @@ from dlcm.flops import (
     weighted_length,
 )
 from dlcm.layout import ConceptLayout, PackedLayout
+from eval.accounting import against_the_counter
 from train.config import build_model_config, load_run_config
 
 ROOT = Path(__file__).parents[2]
@@ -158,44 +158,16 @@ def test_parameters_are_exact_stage_by_stage(segmenter: str, smoothing: str, qk_
 # Training, prefill, decode
 
 
-def counted_alone(module: torch.nn.Module, inputs: tuple, tokens: int) -> float:
-    """FLOPs per token of a stage's forward and backward, attention (the batched products) at half."""
-    inputs = tuple(
-        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
-    )
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = module(*inputs)
-        (output.probability_T if isinstance(output, Boundaries) else output).sum().backward()
-    operations = counter.get_flop_counts()["Global"]
-    return sum(flops / (2 if "bmm" in str(op) else 1) for op, flops in operations.items()) / tokens
-
-
-@pytest.mark.parametrize("architecture", ["dlcm", "llama"])
-def test_training_matches_the_counter_stage_by_stage(architecture: str):
-    config: DLCMConfig | LlamaBaselineConfig
-    if architecture == "dlcm":
-        shapes = dict(d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, d_scan=48)
-        # replicated, for the counter to see the products of cross-attention; at R = 1 they are those of the function
-        config = DLCMConfig(**TOKENS, **shapes, cross_attention_backend="replicated")
-        model = DLCMForCausalLM(config)
-        model.detector.threshold = 0.0
-    else:
-        config = LlamaBaselineConfig(**TOKENS, num_layers=3)
-        model = LlamaBaselineForCausalLM(config)
-    ids = torch.randint(160, (DOCUMENTS, LENGTH))
-    expected = training_flops(config, LENGTH, 1.0).stages
-    modules = {stage: getattr(model, "lm_head" if stage == "head" else stage) for stage in expected}
-    inputs: dict[str, tuple] = {}
-    for stage, module in modules.items():
-        module.register_forward_pre_hook(lambda _, given, stage=stage: inputs.setdefault(stage, given) and None)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = model.eval()(ids, labels=ids)
-        output.loss.backward()
-    for stage, flops in expected.items():
-        assert counted_alone(modules[stage], inputs[stage], ids.numel()) == pytest.approx(flops, rel=0.02), stage
-    operations = counter.get_flop_counts()["Global"]
-    whole = sum(flops / (2 if "bmm" in str(op) else 1) for op, flops in operations.items()) / ids.numel()
-    assert whole == pytest.approx(sum(expected.values()), rel=0.02)
+def test_training_matches_the_counter_stage_by_stage():
+    """Forward and backward of both models; the table of docs/accounting.md."""
+    rows = against_the_counter()
+    assert {(row.model, row.stage) for row in rows} == {
+        *(("DLCM", stage) for stage in forward_flops(DLCMConfig(), 64).stages),
+        *(("LLaMA", stage) for stage in ("decoder", "head")),
+        *((model, "all") for model in ("DLCM", "LLaMA")),
+    }
+    for row in rows:
+        assert row.counter == pytest.approx(row.formula, rel=0.02), (row.model, row.stage)
 
 
 CONFIGS = [
