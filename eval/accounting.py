@@ -351,7 +351,7 @@ def plot(path: Path) -> None:
         axes.plot(ratios, values, color=colour, marker="o", markersize=4, label=reading)
     for level, text in ((1.0, "matched"), (1 - CLAIMED_SAVING, "34 % fewer")):
         axes.axhline(level, color="black", linewidth=0.8, linestyle="--")
-        axes.text(ratios[-1], level, text, ha="right", va="bottom", fontsize=8)
+        axes.text(ratios[0], level, text, va="bottom", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     axes.set_ylim(bottom=0)
