@@ -11,7 +11,8 @@ from dlcm.mup import role_of
 from train.config import build_model_config, load_run_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.name != "base.yaml")
+# Those of configs/scaling are grids of runs, and held to what they say by tests/train/test_grid.py.
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem != "base" and path.parent.name != "scaling")
 MODELS = {"dlcm": DLCMForCausalLM, "llama": LlamaBaselineForCausalLM}
 
 
