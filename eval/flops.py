@@ -10,8 +10,8 @@ last validation really had. `--match` fits the second model to the first in forw
 and says what to change. `--json` writes everything to a file.
 
 `--sweep` asks what a DLCM's share of parameters in the backbone, P, and R are worth: both are varied with all of its
-parameters but embedding and head, N, kept, by scaling what is charged per token and what is charged per concept. FLOPs
-saved are those of a forward pass, against N parameters that all work on every token, as in the paper's Fig. 6(b).
+parameters but embedding and head, N, kept, by scaling the backbone and what is around it. FLOPs saved are those of a
+forward pass, against N parameters that all work on every token, as in the paper's Fig. 6(b).
 """
 
 import argparse
@@ -46,7 +46,6 @@ from train.config import build_model_config, load_run_config
 from train.metrics import read_metrics
 
 SWEEPS = ("R", "backbone_share")
-PER_CONCEPT = ("pooling", "backbone")  # stages that work once a concept
 TABLES = ("embedding", "head")  # stages outside N
 
 
@@ -222,8 +221,8 @@ def sweep(subject: Subject, ratios: Sequence[float], shares: Sequence[float]) ->
     for share, ratio in itertools.product(shares, ratios):
         stages = forward_flops(subject.config, subject.length, ratio).stages
 
-        def per_parameter(wanted: bool, stages: dict[str, float] = stages) -> float:
-            chosen = [stage for stage in stages if stage not in TABLES and (stage in PER_CONCEPT) == wanted]
+        def per_parameter(of_backbone: bool, stages: dict[str, float] = stages) -> float:
+            chosen = [stage for stage in stages if stage not in TABLES and (stage == "backbone") == of_backbone]
             return sum(stages[stage] for stage in chosen) / sum(parameters[stage] for stage in chosen)
 
         at_token_level = number * per_parameter(False) + stages["head"]
@@ -254,7 +253,7 @@ def parse_sweeps(given: Sequence[str], config: Config) -> dict[str, list[float]]
     """
     parameters = parameter_counts(config)
     body = sum(count for stage, count in parameters.items() if stage not in TABLES)
-    own = sum(parameters.get(stage, 0) for stage in PER_CONCEPT) / body
+    own = parameters.get("backbone", 0) / body
     sweeps = {"R": [getattr(config, "target_ratio", 1.0)], "backbone_share": [own]}
     for text in given:
         name, _, values = text.partition("=")

@@ -74,7 +74,7 @@ def test_sweeps_keep_the_parameters(tmp_path: Path, capsys: pytest.CaptureFixtur
     subject = from_run(DLCM, None, None)
     counts = parameter_counts(subject.config)
     body = sum(counts.values()) - counts["embedding"] - counts["head"]
-    own = (counts["pooling"] + counts["backbone"]) / body
+    own = counts["backbone"] / body
     (row,) = sweep(subject, [4.0], [own])
     assert row["forward_flops"] == pytest.approx(forward_flops(subject.config, 8192, 4.0).total)
     assert [row["saved"] for row in sweep(subject, [4.0], [0.0])] == pytest.approx([0], abs=1e-12)
