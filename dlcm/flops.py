@@ -29,6 +29,7 @@ from dlcm.config import DLCMConfig, LlamaBaselineConfig
 Config = DLCMConfig | LlamaBaselineConfig
 FORWARDS_PER_STEP = 3
 STACKS = ("encoder", "backbone", "decoder")  # of blocks
+TABLES = ("embedding", "head")  # stages that N, the size of a model, leaves out
 FULL, HALF = 4, 2  # bytes of a number in fp32 and in bf16
 
 

@@ -31,9 +31,10 @@ from scipy.optimize import brentq, least_squares, nnls
 from scipy.stats import norm as normal
 from scipy.stats import t as student
 
+from dlcm.flops import FORWARDS_PER_STEP
+
 Array = np.ndarray
 FlopsPerToken = Callable[[Any, Any, Any], Any]  # forward, of (N, R, P)
-FORWARDS_PER_STEP = 3
 
 HUBER_DELTA = 1e-3  # of residuals of log loss, at least; beyond it they count linearly
 STARTS, REFINED = 200, 6  # drawn exponents, and the best of them that are fitted to the end

@@ -25,9 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
 from dlcm.boundary import Boundaries
-from dlcm.flops import Config, cache_bytes_per_token, forward_flops, parameter_counts, training_flops
+from dlcm.flops import TABLES, Config, cache_bytes_per_token, forward_flops, parameter_counts, training_flops
 from eval.bench import PALETTE, Bar, bars_table, finish, markdown_table, record, record_lines, write_json
-from eval.flops import TABLES
 from eval.loading import report_errors
 from train.config import build_model_config, load_run_config
 

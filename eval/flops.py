@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from dlcm import DLCMConfig
 from dlcm.flops import (
+    TABLES,
     ByStage,
     Config,
     cache_bytes_per_token,
@@ -46,7 +47,6 @@ from train.config import build_model_config, load_run_config
 from train.metrics import read_metrics
 
 SWEEPS = ("R", "backbone_share")
-TABLES = ("embedding", "head")  # stages outside N
 
 
 @dataclass(frozen=True, slots=True)

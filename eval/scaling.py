@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dlcm.flops import parameter_counts
+from dlcm.flops import TABLES, parameter_counts
 from dlcm.scaling import (
     EXPONENT_NAMES,
     Array,
@@ -55,7 +55,6 @@ from dlcm.scaling import (
     tail_sample,
 )
 from eval.bench import Bar, bars_table, markdown_table, record, write_json
-from eval.flops import TABLES
 from eval.loading import EvaluationError, checkpoint_directory, report_errors
 from eval.scaling_report import Fitted, ForBudget, plot_budget, plot_curves, plot_fit, print_report
 from train.config import build_model_config, load_run_config

@@ -42,13 +42,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlcm import DLCMConfig, LlamaBaselineConfig
-from dlcm.flops import Config, forward_flops, parameter_counts
+from dlcm.flops import TABLES, Config, forward_flops, parameter_counts
 from train.config import ConfigError, RunConfig, build_model_config, load_run_config, save_run_config, validate
 from train.data import read_manifest
 from train.metrics import read_metrics
 from train.pretrain import ERRORS, check_run_directory, lacks_evaluation, step_to_continue
 
-TABLES = ("embedding", "head")  # stages that N leaves out
 SIZE_TOLERANCE = 0.05  # of N, relative
 SHARE_TOLERANCE = 0.03  # of P, absolute
 ENCODER_PER_DECODER = 2  # layers
