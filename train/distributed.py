@@ -4,6 +4,7 @@ Several are started by `torchrun --nproc-per-node N -m train.pretrain ...`; tens
 those on CUDA by NCCL.
 """
 
+import gc
 import os
 from collections.abc import Callable
 
@@ -68,5 +69,9 @@ class Ranks:
         return result
 
     def leave(self) -> None:
+        """Ends the group; whatever was wrapped for it (DistributedDataParallel) must be out of use."""
         if self.size > 1:
+            # What still waits for the collector would hold on to the group and end it later, with the interpreter
+            # locked, while it waits for gloo's threads, and they for the interpreter.
+            gc.collect()
             dist.destroy_process_group()

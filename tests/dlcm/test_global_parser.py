@@ -14,7 +14,7 @@ from dlcm import DLCMForCausalLM
 from dlcm.boundary import Boundaries
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss, ratio_loss
 from dlcm.layout import PackedLayout
-from tests.conftest import Batch, arrange, random_documents, tiny_dlcm
+from tests.conftest import Batch, arrange, random_documents, run_two_ranks, tiny_dlcm
 
 ratios = st.floats(1.01, 64)
 
@@ -243,8 +243,6 @@ SCOPES = ["global", "sequence"]
 
 def rank_main(rank: int, directory: str) -> None:
     """One of two ranks: writes gradients as each way of training leaves them. Micro-batches 0 and 1 | 2."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     own = [MICRO_BATCHES[0] + MICRO_BATCHES[1], MICRO_BATCHES[2]][rank]
     for scope in SCOPES:
         # Data-parallel wrappers average gradients over ranks; the model is given nothing but its batch.
@@ -265,7 +263,6 @@ def rank_main(rank: int, directory: str) -> None:
         running = RunningStatistics(2, total.tokens, total.documents)
         rates = {f"rate_{micro}": running.next(own).boundary_rate for micro, own in enumerate((first, second))}
         save_file(rates | {"whole": total.boundary_rate}, f"{directory}/{scope}-running-{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 def save_gradients(model: DLCMForCausalLM, directory: str, name: str) -> None:
@@ -275,7 +272,7 @@ def save_gradients(model: DLCMForCausalLM, directory: str, name: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(rank_main, (str(directory),), nprocs=2, start_method="spawn")
+    run_two_ranks(rank_main, directory)
     return directory
 
 

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dlcm import DLCMForCausalLM
 from dlcm.blocks import recompute_blocks_
-from tests.conftest import random_documents, tiny_dlcm
+from tests.conftest import random_documents, run_two_ranks, tiny_dlcm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernel in Triton's interpreter")
 SETTINGS = {"plain": False, "recomputed": True}
@@ -37,8 +36,6 @@ def losses_and_gradients(model: DLCMForCausalLM) -> tuple[torch.Tensor, dict[str
 
 
 def rank_main(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     for name, recompute in SETTINGS.items():
         model = small_model()
         recompute_blocks_(model, recompute)
@@ -51,13 +48,12 @@ def rank_main(rank: int, directory: str) -> None:
         results = losses_and_gradients(model)
         if rank == 0:
             torch.save(results, f"{directory}/{name}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(rank_main, (str(directory),), nprocs=2, start_method="spawn")
+    run_two_ranks(rank_main, directory)
     return directory
 
 
