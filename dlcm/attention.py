@@ -27,15 +27,21 @@ class AttentionBackendError(RuntimeError):
 
 
 def causal_attention(
-    q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout, backend: AttentionBackend = "auto"
+    q_THN: Tensor,
+    k_UKN: Tensor,
+    v_UKN: Tensor,
+    layout: PackedLayout,
+    backend: AttentionBackend = "auto",
+    context: PackedLayout | None = None,
 ) -> Tensor:
     """Each position attends to the positions at or before it in its own document.
 
     Args:
         q_THN: queries, H heads of dimension N.
-        k_TKN, v_TKN: keys and values; query head h reads key-value head h // (H / K).
+        k_UKN, v_UKN: keys and values; query head h reads key-value head h // (H / K).
         layout: the documents of the packed row.
         backend: see the module's docstring.
+        context: the documents of keys and values, where they have a past: their last positions are those that ask.
 
     Returns:
         (T, H, N), scaled by 1 / sqrt(N) before the softmax.
@@ -43,15 +49,16 @@ def causal_attention(
     Raises:
         AttentionBackendError: `backend` cannot run on this device, dtype or installation.
     """
+    context = layout if context is None else context
     match resolve_backend(backend, q_THN.device, q_THN.dtype, q_THN.shape[2]):
         case "flash_attn_4":
-            return _flash_attn_4(q_THN, k_TKN, v_TKN, layout)
+            return _flash_attn_4(q_THN, k_UKN, v_UKN, layout, context)
         case "flash_attn":
-            return _flash_attn(q_THN, k_TKN, v_TKN, layout)
+            return _flash_attn(q_THN, k_UKN, v_UKN, layout, context)
         case "torch_varlen":
-            return _torch_varlen(q_THN, k_TKN, v_TKN, layout)
+            return _torch_varlen(q_THN, k_UKN, v_UKN, layout, context)
         case _:
-            return _sdpa(q_THN, k_TKN, v_TKN, layout)
+            return _sdpa(q_THN, k_UKN, v_UKN, layout, context)
 
 
 def resolve_backend(
@@ -101,55 +108,58 @@ OBSTACLES: dict[AttentionBackend, Callable[[torch.device, torch.dtype, int], str
 }
 
 
-def _flash_attn_4(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
+def _flash_attn_4(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    cu, longest = layout.cu_seqlens_D1, layout.max_seqlen
     out_THN, _ = flash_attn_varlen_func(
-        *(q_THN, k_TKN, v_TKN),
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        *(q_THN, k_UKN, v_UKN),
+        cu_seqlens_q=layout.cu_seqlens_D1,
+        cu_seqlens_k=context.cu_seqlens_D1,
+        max_seqlen_q=layout.max_seqlen,
+        max_seqlen_k=context.max_seqlen,
         causal=True,
     )
     return out_THN
 
 
-def _flash_attn(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
+def _flash_attn(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    cu, longest = layout.cu_seqlens_D1, layout.max_seqlen
-    return flash_attn_varlen_func(q_THN, k_TKN, v_TKN, cu, cu, longest, longest, causal=True)
+    return flash_attn_varlen_func(q_THN, k_UKN, v_UKN, *_lengths(layout, context), causal=True)
 
 
-def _torch_varlen(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
+def _torch_varlen(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
     from torch.nn.attention import varlen
 
-    cu, longest = layout.cu_seqlens_D1, layout.max_seqlen
     attend = functools.partial(varlen.varlen_attn, window_size=(-1, 0))
-    if q_THN.shape[1] != k_TKN.shape[1]:
+    if q_THN.shape[1] != k_UKN.shape[1]:
         if _varlen_attn_has_gqa():
             attend = functools.partial(attend, enable_gqa=True)
         else:  # torch 2.11 and 2.12
-            group = q_THN.shape[1] // k_TKN.shape[1]
-            k_TKN, v_TKN = k_TKN.repeat_interleave(group, 1), v_TKN.repeat_interleave(group, 1)
-    return cast(Tensor, attend(q_THN, k_TKN, v_TKN, cu, cu, longest, longest))
+            group = q_THN.shape[1] // k_UKN.shape[1]
+            k_UKN, v_UKN = k_UKN.repeat_interleave(group, 1), v_UKN.repeat_interleave(group, 1)
+    return cast(Tensor, attend(q_THN, k_UKN, v_UKN, *_lengths(layout, context)))
 
 
-def _sdpa(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout) -> Tensor:
-    lengths = layout.cu_seqlens_D1.diff().tolist()
-    grouped = q_THN.shape[1] != k_TKN.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(
+def _lengths(layout: PackedLayout, context: PackedLayout) -> tuple[Tensor, Tensor, int, int]:
+    return layout.cu_seqlens_D1, context.cu_seqlens_D1, layout.max_seqlen, context.max_seqlen
+
+
+def _sdpa(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+    asking_D, lengths_D = (x.cu_seqlens_D1.diff().tolist() for x in (layout, context))
+    outputs = []
+    for q_lHN, k_uKN, v_uKN in zip(q_THN.split(asking_D), k_UKN.split(lengths_D), v_UKN.split(lengths_D), strict=True):
+        asking, length = len(q_lHN), len(k_uKN)
+        mask_lu = None if asking == length else torch.ones(asking, length, dtype=torch.bool, device=q_THN.device)
+        out_HlN = F.scaled_dot_product_attention(
             q_lHN.transpose(0, 1)[None],
-            k_lKN.transpose(0, 1)[None],
-            v_lKN.transpose(0, 1)[None],
-            is_causal=True,
-            enable_gqa=grouped,
-        )[0].transpose(0, 1)
-        for q_lHN, k_lKN, v_lKN in zip(q_THN.split(lengths), k_TKN.split(lengths), v_TKN.split(lengths), strict=True)
-    ]
+            k_uKN.transpose(0, 1)[None],
+            v_uKN.transpose(0, 1)[None],
+            attn_mask=None if mask_lu is None else mask_lu.tril(length - asking),
+            is_causal=mask_lu is None,
+            enable_gqa=q_THN.shape[1] != k_UKN.shape[1],
+        )[0]
+        outputs.append(out_HlN.transpose(0, 1))
     return torch.cat(outputs)
 
 

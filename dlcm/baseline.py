@@ -12,24 +12,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from dlcm.blocks import TransformerStack, token_block_shape
+from dlcm.cache import Appending, DecodingCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.config import LlamaBaselineConfig
+from dlcm.decoding import Call, directly
+from dlcm.layout import Extension
 
 
 @dataclass
 class LlamaBaselineOutput(ModelOutput):
-    """loss (equal to ce_loss) in nats if labels were given; logits (B, L, V), unless declined."""
+    """loss (equal to ce_loss) in nats if labels were given; logits (B, L, V), unless declined; the cache, if used."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     ce_loss: Tensor | None = None
+    past_key_values: DecodingCache | None = None
 
 
-class LlamaBaselineForCausalLM(PackedCausalLM):
+class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
     """Token blocks between embedding and unembedding: LLaMA, unless `qk_norm` is asked for."""
 
     config_class = LlamaBaselineConfig
     config: LlamaBaselineConfig
+    cache_class = DecodingCache
 
     def __init__(self, config: LlamaBaselineConfig):
         super().__init__(config)
@@ -47,16 +52,42 @@ class LlamaBaselineForCausalLM(PackedCausalLM):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        past_key_values: DecodingCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         return_logits: bool = True,
         return_dict: bool = True,
     ) -> LlamaBaselineOutput | tuple:
         """Arguments, losses and errors as in `DLCMForCausalLM.forward`."""
+        cache = self.cache_to_use(past_key_values, use_cache, labels, cu_seqlens)
+        if cache is not None:
+            kept, _, _ = self.decode(input_ids, attention_mask, cache, logits_to_keep)
+            answer = LlamaBaselineOutput(logits=kept, past_key_values=cache)
+            return answer if return_dict else answer.to_tuple()
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
         h_TE = self.decoder(self.embed_tokens(input_ids_T), tokens)
         h_TE = self.decoder_norm(h_TE)
-        logits, loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits)
+        logits, loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits, logits_to_keep)
         output = LlamaBaselineOutput(loss=loss, logits=logits, ce_loss=loss)
         return output if return_dict else output.to_tuple()
+
+    def extend(self, input_ids_T: Tensor, new: Extension, cache: DecodingCache) -> tuple[Tensor, None]:
+        past = cache.stack("decoder", cache.tokens, Appending(new))
+        h_TE = self.decoder(self.embed_tokens(input_ids_T), new.layout, past)
+        return self.decoder_norm(h_TE), None
+
+    def step(
+        self, input_ids_B: Tensor, active_B: Tensor, cache: DecodingCache, call: Call = directly, whole: bool = False
+    ) -> tuple[Tensor, None]:
+        return call(self.answer, input_ids_B, active_B, cache), None
+
+    def answer(self, input_ids_B: Tensor, active_B: Tensor, cache: DecodingCache) -> Tensor:
+        """A step: logits (B, V)."""
+        where = Stepping.of(cache.length_B, active_B, cache.tokens)
+        past = cache.stack("decoder", cache.tokens, where)
+        h_BE = self.decoder(self.embed_tokens(input_ids_B), where.layout, past)
+        cache.length_B += active_B
+        return self.last_logits(self.decoder_norm(h_BE)[:, None])[:, 0]
 
     @torch.no_grad()
     def to_llama(self) -> LlamaForCausalLM:

@@ -5,7 +5,9 @@ the baseline uses nothing else. T stands for whatever is packed: tokens or conce
 width, H / K the query / key-value heads, N the head dimension.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dlcm.attention import causal_attention
-from dlcm.config import DLCMConfig, TokenBlocksConfig
+from dlcm.config import AttentionBackend, DLCMConfig, TokenBlocksConfig
 from dlcm.layout import PackedLayout
 
 
@@ -110,6 +112,14 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_TW)) * self.up_proj(x_TW))
 
 
+class LayerPast(Protocol):
+    """What a block remembers of earlier positions (see `dlcm.cache`)."""
+
+    def attend(self, q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, backend: AttentionBackend) -> Tensor:
+        """Remembers keys and values, and attends to them and all before; (T, H, N)."""
+        ...
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU around a residual stream (T, W).
 
@@ -125,9 +135,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.ffn = SwiGLU(shape)
 
-    def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout) -> Tensor:
+    def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout, past: LayerPast | None = None) -> Tensor:
         q_THN, k_TKN, v_TKN = self.before_attention(x_TW, rope)
-        return self.after_attention(x_TW, causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend))
+        if past is None:
+            mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend)
+        else:
+            mixed_THN = past.attend(q_THN, k_TKN, v_TKN, self.backend)
+        return self.after_attention(x_TW, mixed_THN)
 
     def before_attention(self, x_TW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.heads(self.attention_norm(x_TW), rope)
@@ -159,10 +173,13 @@ class TransformerStack(nn.Module):
         self.shape = shape
         self.layers = nn.ModuleList(Block(shape) for _ in range(num_layers))
 
-    def forward(self, x_TW: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, x_TW: Tensor, layout: PackedLayout, past: Sequence[LayerPast] | None = None) -> Tensor:
+        """(T, W) to (T, W); with a `past` of each layer, `layout` goes on from there."""
         rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.config.rope_theta)
-        for layer in self.layers:
-            if self.recompute:
+        for index, layer in enumerate(self.layers):
+            if past is not None:
+                x_TW = layer(x_TW, rope, layout, past[index])
+            elif self.recompute:
                 x_TW = checkpoint(layer, x_TW, rope, layout, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TW = layer(x_TW, rope, layout)

@@ -33,9 +33,15 @@ class Boundaries:
 
 
 def cosine_boundary_probability(q_TS: Tensor, k_TS: Tensor, tokens: PackedLayout) -> Tensor:
-    """p_t = (1 - cos(q_{t-1}, k_t)) / 2 (Eq. 5), 1 at the first token of every document; in fp32 or wider."""
+    """p_t = (1 - cos(q_{t-1}, k_t)) / 2 (Eq. 5), 1 at the first token of every document; in fp32 or wider.
+
+    Args:
+        q_TS: q_{t-1} for each t.
+        k_TS: k_t.
+        tokens: the documents.
+    """
     q_TS, k_TS = (x.float() if x.dtype.itemsize < 4 else x for x in (q_TS, k_TS))
-    cosine_T = F.cosine_similarity(q_TS.roll(1, 0), k_TS, dim=-1)
+    cosine_T = F.cosine_similarity(q_TS, k_TS, dim=-1)
     probability_T = ((1 - cosine_T) / 2).clamp(0, 1)  # rounding may leave the interval
     return torch.where(tokens.is_first_T, torch.ones_like(probability_T), probability_T)
 
@@ -55,11 +61,18 @@ class LearnedDetector(nn.Module):
         self.threshold = config.threshold
         self.sharpening = config.sharpening
 
-    def score(self, h_TE: Tensor, tokens: PackedLayout) -> Tensor:
-        return cosine_boundary_probability(self.q_proj(h_TE), self.k_proj(h_TE), tokens)
+    def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
+        """p_t; a document's tokens may have others before them, of which `past_DE` is the last one's state."""
+        return cosine_boundary_probability(self.q_proj(tokens.previous(h_TE, past_DE)), self.k_proj(h_TE), tokens)
 
-    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
-        probability_T = self.score(h_TE, tokens)
+    def forward(
+        self,
+        h_TE: Tensor,
+        tokens: PackedLayout,
+        generator: torch.Generator | None = None,
+        past_DE: Tensor | None = None,
+    ) -> Boundaries:
+        probability_T = self.score(h_TE, tokens, past_DE)
         if not self.training:
             return Boundaries(probability_T, probability_T >= self.threshold)
         with torch.no_grad():
@@ -75,11 +88,17 @@ class RuleDetector(nn.Module):
         super().__init__()
         self.threshold = config.threshold
 
-    def score(self, h_TE: Tensor, tokens: PackedLayout) -> Tensor:
-        return cosine_boundary_probability(h_TE, h_TE, tokens)
+    def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
+        return cosine_boundary_probability(tokens.previous(h_TE, past_DE), h_TE, tokens)
 
-    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
-        probability_T = self.score(h_TE, tokens)
+    def forward(
+        self,
+        h_TE: Tensor,
+        tokens: PackedLayout,
+        generator: torch.Generator | None = None,
+        past_DE: Tensor | None = None,
+    ) -> Boundaries:
+        probability_T = self.score(h_TE, tokens, past_DE)
         return Boundaries(probability_T, probability_T >= self.threshold)
 
 
@@ -90,7 +109,13 @@ class FixedDetector(nn.Module):
         super().__init__()
         self.ratio = config.target_ratio
 
-    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
+    def forward(
+        self,
+        h_TE: Tensor,
+        tokens: PackedLayout,
+        generator: torch.Generator | None = None,
+        past_DE: Tensor | None = None,
+    ) -> Boundaries:
         position_T = tokens.position_T.double()
         boundary_T = (position_T / self.ratio).floor() > ((position_T - 1) / self.ratio).floor()
         dtype = torch.promote_types(h_TE.dtype, torch.float32)

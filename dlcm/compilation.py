@@ -1,4 +1,4 @@
-"""torch.compile for training, region by region: what does not change from step to step stands inside, the rest outside.
+"""torch.compile, region by region: what does not change from step to step stands inside, the rest outside. In training,
 
     T, tokens of a batch               fixed
     M, concepts, and S, their slots    dynamic; M is a multiple of `CONCEPT_BUCKET`
@@ -13,8 +13,9 @@ import os
 import shlex
 import shutil
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -57,25 +58,60 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
         function = torch.compile(_with_own_code(method), backend=backend, fullgraph=True, dynamic=False)
         return _with_varying_rows(function) if varying_rows else function
 
-    def compile_(module: nn.Module, name: str, varying_rows: bool = False) -> None:
-        method = compiled(getattr(type(module), name), varying_rows)
-        setattr(module, name, types.MethodType(method, module))  # a method, so that a copy of the module has its own
-
-    for name, stack in model.named_children():
-        if isinstance(stack, TransformerStack):
-            for block in stack.layers:
-                compile_(block, "before_attention", varying_rows=name == "backbone")
-                compile_(block, "after_attention", varying_rows=name == "backbone")
+    for region in _regions(model):
+        method = compiled(getattr(type(region.module), region.name), region.varying_rows)
+        setattr(region.module, region.name, types.MethodType(method, region.module))  # so that copies have their own
     if isinstance(model, DLCMForCausalLM):
-        if not isinstance(model.detector, FixedDetector):
-            compile_(model.detector, "score")
-        compile_(model, "smooth", varying_rows=True)
-        compile_(model.cross_attention, "queries")
-        compile_(model.cross_attention, "keys_and_values", varying_rows=True)
-        compile_(model.cross_attention, "after_attention")
         # On the CPU nobody waits, and a run is to be the same however often it was resumed.
         model.concept_rooms = ConceptRooms(CONCEPT_BUCKET, foresight=model.device.type == "cuda")
     model.compiled = True
+
+
+@contextmanager
+def compiled_for_steps(model: PackedCausalLM, batch: int, backend: str = "inductor") -> Iterator[None]:
+    """Meanwhile, the same regions are compiled for steps of so many rows, where tokens and concepts are as many."""
+    compiled = model.compiled_steps
+    before = []
+    for region in _regions(model):
+        key = region.kind, region.name, batch
+        if key not in compiled:
+            method = _with_own_code(getattr(type(region.module), region.name))
+            compiled[key] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
+        before.append((region, vars(region.module).get(region.name)))
+        setattr(region.module, region.name, types.MethodType(compiled[key], region.module))
+    try:
+        yield
+    finally:
+        for region, own in before:
+            if own is None:
+                delattr(region.module, region.name)
+            else:
+                setattr(region.module, region.name, own)
+
+
+class _Region(NamedTuple):
+    """A method to compile, what shares its code, and whether its inputs have as many rows as there are concepts."""
+
+    module: nn.Module
+    name: str
+    kind: str
+    varying_rows: bool = False
+
+
+def _regions(model: PackedCausalLM) -> Iterator[_Region]:
+    for name, stack in model.named_children():
+        if isinstance(stack, TransformerStack):
+            level = "concept" if name == "backbone" else "token"
+            for block in stack.layers:
+                yield _Region(block, "before_attention", level, level == "concept")
+                yield _Region(block, "after_attention", level, level == "concept")
+    if isinstance(model, DLCMForCausalLM):
+        if not isinstance(model.detector, FixedDetector):
+            yield _Region(model.detector, "score", "detector")
+        yield _Region(model, "smooth", "model", True)
+        yield _Region(model.cross_attention, "queries", "cross")
+        yield _Region(model.cross_attention, "keys_and_values", "cross", True)
+        yield _Region(model.cross_attention, "after_attention", "cross")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -95,7 +131,9 @@ def _with_own_code(function: Callable) -> Callable:
     blocks and other models of this process run the same lines, but are not versions of each other.
     """
     assert isinstance(function, types.FunctionType)
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
 
 
 def _with_varying_rows(compiled: Callable) -> Callable:

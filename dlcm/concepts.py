@@ -17,6 +17,12 @@ def segment_mean(h_TE: Tensor, layout: ConceptLayout) -> Tensor:
     return torch.segment_reduce(h_TE, "mean", lengths=layout.length_M, axis=0, unsafe=True, initial=0)
 
 
+def segment_sum(h_TE: Tensor, length_G: Tensor) -> Tensor:
+    """Sum of the states of each segment, (G, E), in fp32 or wider; segments are neighbours, some may be empty."""
+    h_TE = h_TE.float() if h_TE.dtype.itemsize < 4 else h_TE
+    return torch.segment_reduce(h_TE, "sum", lengths=length_G, axis=0, unsafe=True, initial=0)
+
+
 class ConceptPooling(nn.Module):
     """c_k = W_up mean_{t in S_k} h_t (Eq. 7): (T, E) to (M, C)."""
 
@@ -25,8 +31,10 @@ class ConceptPooling(nn.Module):
         self.up_proj = nn.Linear(config.d_token, config.d_concept, bias=False)
 
     def forward(self, h_TE: Tensor, layout: ConceptLayout) -> Tensor:
-        mean_ME = segment_mean(h_TE, layout).to(h_TE.dtype)
-        return self.up_proj(mean_ME).to(h_TE.dtype)  # the backbone's residual stream is as wide as the tokens'
+        return self.project(segment_mean(h_TE, layout).to(h_TE.dtype))
+
+    def project(self, mean_ME: Tensor) -> Tensor:
+        return self.up_proj(mean_ME).to(mean_ME.dtype)  # the backbone's residual stream is as wide as the tokens'
 
 
 class AdjacentSmoothing(nn.Module):
@@ -40,8 +48,9 @@ class AdjacentSmoothing(nn.Module):
         super().__init__()
         self.mix = nn.Parameter(torch.zeros(config.d_concept))
 
-    def forward(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
-        previous_MC = torch.where(concepts.is_first_T[:, None], z_MC, z_MC.roll(1, 0))
+    def forward(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
+        """(M, C); a document's concepts may have others before them, of which `past_DC` is the last."""
+        previous_MC = torch.where(concepts.is_first_T[:, None], z_MC, concepts.previous(z_MC, past_DC))
         return z_MC + self.mix * (previous_MC - z_MC)
 
 
@@ -51,7 +60,7 @@ class NoSmoothing(nn.Module):
     def __init__(self, config: DLCMConfig):
         super().__init__()
 
-    def forward(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+    def forward(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
         return z_MC
 
 

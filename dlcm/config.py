@@ -67,7 +67,7 @@ class TokenBlocksConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
-    use_cache: bool = False  # read by transformers' generate(): there is no cache, every step is a full forward
+    use_cache: bool = True  # whether transformers' generate() makes a cache; forward() itself makes none unasked
 
     def __post_init__(self, **kwargs: Any):
         self._reject_unknown(kwargs)
@@ -98,8 +98,6 @@ class TokenBlocksConfig(PreTrainedConfig):
             _check_positive(self, "mup_base_width")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is not supported: the paper's embeddings are untied")
-        if self.use_cache:
-            raise ValueError("use_cache=true is not supported: this model decodes without a cache")
 
 
 @checked

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from dlcm.attention import AttentionBackendError, causal_attention
 from dlcm.blocks import HeadNorm, Rope, apply_rope, rope_tables, token_block_shape
 from dlcm.config import AttentionBackend, CrossAttentionBackend, DLCMConfig, SlotWeighting
-from dlcm.layout import ConceptLayout, SlotGeometry
+from dlcm.layout import ConceptLayout, SlotGeometry, SlotLayout
 
 
 def slot_attention(
     q_THN: Tensor,
     k_SKN: Tensor,
     v_SKN: Tensor,
-    layout: ConceptLayout,
+    layout: SlotLayout,
     weighting: SlotWeighting = "replication",
     backend: CrossAttentionBackend = "auto",
     causal_backend: AttentionBackend = "auto",
@@ -92,33 +92,37 @@ def _ragged_obstacle(q_THN: Tensor) -> str | None:
 
 
 def replicated_attention(
-    q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: ConceptLayout, backend: AttentionBackend = "auto"
+    q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: SlotLayout, backend: AttentionBackend = "auto"
 ) -> Tensor:
     """Attention from tokens to slots by replication of keys and values (Eq. 17); (T, H, N).
 
     Raises:
         AttentionBackendError: `backend` cannot run on this device, dtype or installation.
     """
-    k_TKN = k_SKN.index_select(0, layout.slot_T)
-    v_TKN = v_SKN.index_select(0, layout.slot_T)
-    return causal_attention(q_THN, k_TKN, v_TKN, layout.tokens, backend)
+    k_UKN = k_SKN.index_select(0, layout.context_slot_U)
+    v_UKN = v_SKN.index_select(0, layout.context_slot_U)
+    return causal_attention(q_THN, k_UKN, v_UKN, layout.tokens, backend, layout.context)
 
 
 def masked_attention(
-    q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: ConceptLayout, weighting: SlotWeighting
+    q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: SlotLayout, weighting: SlotWeighting
 ) -> Tensor:
     """Attention over the slots with the bias written out, document by document, in fp32 or wider; (T, H, N)."""
     dtype, wide = q_THN.dtype, torch.promote_types(q_THN.dtype, torch.float32)
     q_THN, k_SKN, v_SKN = q_THN.to(wide), k_SKN.to(wide), v_SKN.to(wide)
     tokens_D, slots_D = (cu_D1.diff().tolist() for cu_D1 in (layout.tokens.cu_seqlens_D1, layout.cu_slots_D1))
     newest_T = layout.slot_T - layout.cu_slots_D1[layout.tokens.document_T]
+    past_S = newest_T.new_zeros(layout.num_slots) if layout.past_S is None else layout.past_S
     outputs = []
-    for q_tHN, newest_t, k_sKN, v_sKN in zip(
-        q_THN.split(tokens_D), newest_T.split(tokens_D), k_SKN.split(slots_D), v_SKN.split(slots_D), strict=True
+    for q_tHN, newest_t, k_sKN, v_sKN, past_s in zip(
+        q_THN.split(tokens_D),
+        newest_T.split(tokens_D),
+        *(x_S.split(slots_D) for x_S in (k_SKN, v_SKN, past_S)),
+        strict=True,
     ):
         is_newest_ts = F.one_hot(newest_t, len(k_sKN))
         if weighting == "replication":
-            bias_ts = is_newest_ts.cumsum(0).to(wide).log()
+            bias_ts = (past_s + is_newest_ts.cumsum(0)).to(wide).log()
         else:
             bias_ts = is_newest_ts.flip(1).cumsum(1).flip(1).to(wide).log()  # 0 up to the newest, then -inf
         out_HtN = F.scaled_dot_product_attention(
@@ -160,8 +164,7 @@ class CrossAttention(nn.Module):
         slots_SC = self.slots(z_MC, layout)
         q_THN = self.queries(h_TE, self.rope(layout.tokens.position_T))
         k_SKN, v_SKN = self.keys_and_values(slots_SC, self.rope(layout.slot_position_S))
-        read_THN = slot_attention(q_THN, k_SKN, v_SKN, layout, self.weighting, self.backend, self.causal_backend)
-        return self.after_attention(h_TE, read_THN)
+        return self.after_attention(h_TE, self.attend(q_THN, k_SKN, v_SKN, layout))
 
     def slots(self, z_MC: Tensor, layout: ConceptLayout) -> Tensor:
         """[null, c_0, c_1, ..] of every document, (S, C)."""
@@ -184,6 +187,9 @@ class CrossAttention(nn.Module):
         v_SKN = rearrange(self.v_proj(slots_SC), "S (K N) -> S K N", N=self.head_dim)
         normed_SKN = self.k_norm(k_SKN)
         return (normed_SKN if rope is None else apply_rope(normed_SKN, rope)).to(k_SKN.dtype), v_SKN
+
+    def attend(self, q_THN: Tensor, k_SKN: Tensor, v_SKN: Tensor, layout: SlotLayout) -> Tensor:
+        return slot_attention(q_THN, k_SKN, v_SKN, layout, self.weighting, self.backend, self.causal_backend)
 
     def after_attention(self, h_TE: Tensor, read_THN: Tensor) -> Tensor:
         return h_TE + self.o_proj(rearrange(read_THN, "T H N -> T (H N)"))

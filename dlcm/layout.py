@@ -16,8 +16,8 @@ one null slot), B x L padded rows; D1 stands for D + 1.
 
 import math
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -97,6 +97,13 @@ class PackedLayout:
     def is_first_T(self) -> Tensor:
         return self.position_T == 0
 
+    def previous(self, x_T: Tensor, past_D: Tensor | None = None) -> Tensor:
+        """The element before each, (T, ...): before the first of a document its past, else what is not to be used."""
+        previous_T = x_T.roll(1, 0)
+        if past_D is None:
+            return previous_T
+        return previous_T.index_copy(0, self.cu_seqlens_D1[:-1].long(), past_D.to(x_T.dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
@@ -107,26 +114,23 @@ class RowLayout:
 
     @classmethod
     def from_mask(cls, attention_mask_BL: Tensor) -> tuple["RowLayout", Tensor]:
-        """The layout of the rows' real tokens, and their `cu_seqlens` (on the CPU).
+        """The layout of the rows' real tokens, and how many each row has, (B,) on the CPU.
 
         Raises:
-            ValueError: a row without any real token, or with padding between real tokens.
+            ValueError: a row with padding between real tokens.
         """
         mask_BL = attention_mask_BL.bool()
         runs_B = (mask_BL & ~torch.nn.functional.pad(mask_BL, (1, 0))[:, :-1]).sum(1)  # of real tokens
         if bool((runs_B > 1).any()):
             raise ValueError(f"row {int(runs_B.argmax())} of attention_mask has padding between its tokens")
-        lengths_B = mask_BL.sum(1).cpu()
-        if bool((lengths_B == 0).any()):
-            raise ValueError(f"row {int((lengths_B == 0).nonzero()[0])} of attention_mask has no token")
         batch, length = mask_BL.shape
         index_T = mask_BL.flatten().nonzero().squeeze(1)
-        return cls((batch, length), index_T), _cumulative(lengths_B)
+        return cls((batch, length), index_T), mask_BL.sum(1).cpu()
 
     @classmethod
     def full(cls, batch: int, length: int) -> tuple["RowLayout", Tensor]:
-        """The layout of rows without padding, and their `cu_seqlens` (on the CPU)."""
-        return cls((batch, length), None), torch.arange(batch + 1, dtype=torch.int32) * length
+        """The layout of rows without padding, and how many tokens each row has, (B,) on the CPU."""
+        return cls((batch, length), None), torch.full((batch,), length)
 
     def pack(self, x_BL: Tensor) -> Tensor:
         """(B, L) to (T,)."""
@@ -325,6 +329,19 @@ class ConceptLayout:
         return self.concepts.total + self.concepts.num_documents
 
     @property
+    def context(self) -> PackedLayout:
+        """All tokens of these documents: there are none before these."""
+        return self.tokens
+
+    @property
+    def context_slot_U(self) -> Tensor:
+        return self.slot_T
+
+    @property
+    def past_S(self) -> None:
+        return None
+
+    @property
     def real_length_M(self) -> Tensor:
         """Tokens in each concept that is not padding."""
         return self.length_M[: self.num_concepts]
@@ -339,6 +356,35 @@ class ConceptLayout:
         """Position of each slot's last token in its document; 0 for the null slot."""
         position_M = self.tokens.position_T[self.last_M]
         return position_M.new_zeros(self.num_slots).index_copy(0, self.slot_M, position_M)
+
+
+class SlotLayout(Protocol):
+    """What cross-attention has to know of a geometry: which slots each token sees, and how often each counts.
+
+    Attributes:
+        tokens: the documents, in the tokens that ask.
+        context: the documents, in all their tokens: those before these, if there are any, and these.
+        cu_slots_D1: int32, where each document's slots begin.
+        slot_T: newest slot each token sees.
+        context_slot_U: the same of all tokens of the documents.
+        past_S: how many tokens before these had this one as their newest slot; None where there are none.
+        num_slots: S.
+    """
+
+    @property
+    def tokens(self) -> PackedLayout: ...
+    @property
+    def context(self) -> PackedLayout: ...
+    @property
+    def cu_slots_D1(self) -> Tensor: ...
+    @property
+    def slot_T(self) -> Tensor: ...
+    @property
+    def context_slot_U(self) -> Tensor: ...
+    @property
+    def past_S(self) -> Tensor | None: ...
+    @property
+    def num_slots(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +407,7 @@ class SlotGeometry:
     end_S: Tensor
 
     @classmethod
-    def from_layout(cls, layout: ConceptLayout, weighting: SlotWeighting = "replication") -> "SlotGeometry":
+    def from_layout(cls, layout: SlotLayout, weighting: SlotWeighting = "replication") -> "SlotGeometry":
         """A handful of small kernels, no host synchronisation.
 
         Args:
@@ -374,6 +420,8 @@ class SlotGeometry:
         document_S = torch.searchsorted(layout.cu_slots_D1[1:-1], slot_S1[:-1], right=True)
         n_newest_T = torch.arange(1, len(newest_T) + 1, device=newest_T.device) - start_S1[layout.slot_T]
         count_S = start_S1.diff()
+        if layout.past_S is not None:
+            n_newest_T, count_S = n_newest_T + layout.past_S[layout.slot_T], count_S + layout.past_S
         if weighting == "uniform":
             n_newest_T, count_S = torch.ones_like(n_newest_T), torch.ones_like(count_S)
         return cls(
@@ -386,5 +434,118 @@ class SlotGeometry:
         )
 
 
-def _cumulative(lengths: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """New elements (tokens or concepts) of some rows of a batch, packed, behind what a cache has of these rows.
+
+    Attributes:
+        layout: the new elements; a document for each row that has any, positions going on from its past.
+        context: the same documents with their past.
+        row_D: the row of each document.
+    """
+
+    layout: PackedLayout
+    context: PackedLayout
+    row_D: Tensor
+
+    @classmethod
+    def of(cls, new_B: Tensor, past_B: Tensor, device: torch.device) -> "Extension":
+        """Of so many new elements in each row, after so many; both on the CPU, some row having any."""
+        row_D = new_B.nonzero().squeeze(1)
+        new_D, past_D = new_B[row_D], past_B[row_D]
+        layout, context = (
+            PackedLayout.from_cu_seqlens(cumulative(lengths_D), int(lengths_D.sum()), device=device)
+            for lengths_D in (new_D, past_D + new_D)
+        )
+        position_T = layout.position_T + past_D.to(device)[layout.document_T]
+        return cls(replace(layout, position_T=position_T), context, row_D.to(device))
+
+    @property
+    def row_T(self) -> Tensor:
+        """The row of each new element."""
+        return self.row_D[self.layout.document_T]
+
+    @property
+    def row_U(self) -> Tensor:
+        """The row of each element, past ones included."""
+        return self.row_D[self.context.document_T]
+
+    @property
+    def last_D(self) -> Tensor:
+        """The last new element of each document."""
+        return self.layout.cu_seqlens_D1[1:].long() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedSegments:
+    """What boundaries make of new tokens, behind segments that are open (the counterpart of `ConceptLayout`).
+
+    A document's segments here are those that close among its new tokens, in order, and the one that is open after them.
+    The first may have begun in the past, or lie there altogether; the last may have no token yet.
+
+    Attributes:
+        segment_T: index of the segment each new token belongs to.
+        length_G: new tokens in each of the G segments.
+        first_D, open_D: index of each document's first and last segment.
+        closed_M: index of each segment that closes.
+        end_M: position of its last token.
+        closed_T: how many of its document's segments have closed at each new token, since the past.
+    """
+
+    segment_T: Tensor
+    length_G: Tensor
+    first_D: Tensor
+    open_D: Tensor
+    closed_M: Tensor
+    end_M: Tensor
+    closed_T: Tensor
+
+    @classmethod
+    def from_boundaries(cls, new: Extension, boundary_T: Tensor, visibility: Visibility) -> "ClosedSegments":
+        """The rule of `ConceptLayout.from_boundaries`, said of one boundary: `closed`, it ends the segment before its
+        token, if there is one, `inclusive` the segment of its token. Waits for the device.
+        """
+        tokens = new.layout
+        closing_T = boundary_T & ~tokens.is_first_T if visibility == "closed" else boundary_T
+        before_T = closing_T.cumsum(0) - closing_T.long()
+        start_D = tokens.cu_seqlens_D1[:-1].long()
+        closed_T = before_T - before_T[start_D][tokens.document_T] + closing_T
+        segment_T = closed_T if visibility == "closed" else closed_T - closing_T.long()
+        segments_D = closed_T[new.last_D] + 1
+        open_D = segments_D.cumsum(0) - 1
+        first_D = open_D + 1 - segments_D
+        segment_T = first_D[tokens.document_T] + segment_T
+        is_open_G = torch.zeros(int(open_D[-1]) + 1, dtype=torch.bool, device=segment_T.device)
+        is_open_G[open_D] = True
+        length_G = torch.zeros_like(is_open_G, dtype=torch.long).scatter_add_(0, segment_T, torch.ones_like(segment_T))
+        end_M = tokens.position_T[closing_T] - int(visibility == "closed")
+        return cls(segment_T, length_G, first_D, open_D, (~is_open_G).nonzero().squeeze(1), end_M, closed_T)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSlots:
+    """A `SlotLayout` of new tokens and all slots of their documents, packed.
+
+    Attributes: see `SlotLayout`.
+    """
+
+    tokens: PackedLayout
+    context: PackedLayout
+    cu_slots_D1: Tensor
+    slot_T: Tensor
+    past_S: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        return self.past_S.shape[0]
+
+    @property
+    def context_slot_U(self) -> Tensor:
+        """Newest slots only ever move on: the tokens of a slot are neighbours."""
+        count_S = self.past_S.scatter_add(0, self.slot_T, torch.ones_like(self.slot_T))
+        return torch.repeat_interleave(count_S, output_size=self.context.total)
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """(D + 1,) int32: where each of D documents begins, and the end."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

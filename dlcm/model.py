@@ -19,12 +19,15 @@ from transformers.utils import ModelOutput
 
 from dlcm.blocks import TransformerStack, concept_block_shape, token_block_shape
 from dlcm.boundary import DETECTORS, Boundaries, LearnedDetector
+from dlcm.cache import Appending, ConceptCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
-from dlcm.concepts import SMOOTHERS, ConceptPooling
+from dlcm.concepts import SMOOTHERS, ConceptPooling, segment_sum
 from dlcm.config import DLCMConfig
 from dlcm.cross_attention import CrossAttention
+from dlcm.decoding import Call, directly
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
-from dlcm.layout import ConceptLayout, ConceptRooms, PackedLayout
+from dlcm.host import OnHost
+from dlcm.layout import ClosedSegments, ConceptLayout, ConceptRooms, Extension, PackedLayout
 
 
 @dataclass
@@ -41,6 +44,7 @@ class DLCMOutput(ModelOutput):
         concept_lengths: (M,) tokens in each concept, document after document.
         cu_concepts: (D + 1,) where each document's concepts begin.
         parser_statistics: sums behind F and G of this batch.
+        past_key_values: the cache, where one was used; then there are logits, probabilities, boundaries, no more.
     """
 
     loss: Tensor | None = None
@@ -52,9 +56,31 @@ class DLCMOutput(ModelOutput):
     concept_lengths: Tensor | None = None
     cu_concepts: Tensor | None = None
     parser_statistics: ParserStatistics | None = None
+    past_key_values: ConceptCache | None = None
 
 
-class DLCMForCausalLM(PackedCausalLM):
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the first part of a step leaves to the others.
+
+    Attributes:
+        active_B: rows that have a token in this step.
+        h_BE: encoder states.
+        decided: probabilities and boundaries, none for rows that are not active.
+        closing_B: whether the row's open segment ends.
+        mean_BE: mean of that segment's states.
+        end_B: position of its last token.
+    """
+
+    active_B: Tensor
+    h_BE: Tensor
+    decided: Boundaries
+    closing_B: Tensor
+    mean_BE: Tensor
+    end_B: Tensor
+
+
+class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal.
 
     Attributes:
@@ -63,6 +89,7 @@ class DLCMForCausalLM(PackedCausalLM):
 
     config_class = DLCMConfig
     config: DLCMConfig
+    cache_class = ConceptCache
 
     def __init__(self, config: DLCMConfig):
         super().__init__(config)
@@ -91,6 +118,9 @@ class DLCMForCausalLM(PackedCausalLM):
         num_items_in_batch: int | Tensor | None = None,
         generator: torch.Generator | None = None,
         parser_total: ParserStatistics | RunningStatistics | None = None,
+        past_key_values: ConceptCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         return_logits: bool = True,
         return_dict: bool = True,
     ) -> DLCMOutput | tuple:
@@ -107,20 +137,29 @@ class DLCMForCausalLM(PackedCausalLM):
             generator: source of the training-time boundary draws; None is torch's default generator.
             parser_total: boundary statistics of the global batch, needed where it consists of several micro-batches:
                 exact (see `boundary_statistics`), or running. None: this batch, summed over ranks while training.
+            past_key_values: a cache (`new_cache`): `input_ids` are the columns that follow what it has seen, and
+                `attention_mask` is of these, or of all. Without gradients, and without labels.
+            use_cache: True makes a cache where none is given. None and False make none.
+            logits_to_keep: of how many columns, the last ones, there are logits; 0 is all.
             return_logits: False leaves logits out and the loss never holds more than a chunk of them; needs labels.
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: inputs that do not fit together (see `open_rows`), or neither logits nor labels.
+            ValueError: inputs that do not fit together (see `open_rows` and `decode`), or neither logits nor labels.
             AttentionBackendError: the configured attention backend cannot run here.
         """
+        cache = self.cache_to_use(past_key_values, use_cache, labels, cu_seqlens)
+        if cache is not None:
+            kept, probs, boundaries = self.decode(input_ids, attention_mask, cache, logits_to_keep)
+            answer = DLCMOutput(logits=kept, boundary_probs=probs, boundaries=boundaries, past_key_values=cache)
+            return answer if return_dict else answer.to_tuple()
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
 
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
         decided: Boundaries = self.detector(h_TE, tokens, generator)
         h_TE, layout = self.through_concepts(h_TE, decided, tokens)
         h_TE = self.decoder_norm(h_TE)
-        logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits)
+        logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits, logits_to_keep)
 
         statistics = ParserStatistics.of(decided, tokens)
         aux_loss = self._aux_loss(decided, tokens, statistics, parser_total, averaged=num_items_in_batch is None)
@@ -163,9 +202,123 @@ class DLCMForCausalLM(PackedCausalLM):
         h_TE = self.cross_attention(h_TE, z_MC, layout)
         return self.decoder(h_TE, layout.tokens)
 
-    def smooth(self, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+    def smooth(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
         """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""
-        return self.smoothing(self.backbone_norm(z_MC), concepts)
+        past_DC = None if past_DC is None else self.backbone_norm(past_DC)
+        return self.smoothing(self.backbone_norm(z_MC), concepts, past_DC)
+
+    # Decoding: the same stages, with a past (see `PackedCausalLM.decode`).
+
+    def start(self, cache: ConceptCache) -> None:
+        """Slot 0 of every row is "no concept yet"."""
+        cross = self.cross_attention
+        nowhere_1 = torch.zeros(1, dtype=torch.long, device=cache.length_B.device)
+        k_1KN, v_1KN = cross.keys_and_values(cross.null_slot[None], cross.rope(nowhere_1))
+        cache.slots["cross_keys"][0][:, 0], cache.slots["cross_values"][0][:, 0] = k_1KN, v_1KN
+
+    def extend(self, input_ids_T: Tensor, new: Extension, cache: ConceptCache) -> tuple[Tensor, Boundaries]:
+        where, tokens, row_D = Appending(new), new.layout, new.row_D
+        h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens, cache.stack("encoder", cache.tokens, where))
+        decided = self.detector(h_TE, tokens, None, cache.last_state()[row_D])
+        where.write(cache.tokens["states"][0], h_TE)
+
+        past_D = cache.concepts_B[row_D]
+        segments = ClosedSegments.from_boundaries(new, decided.boundary_T, self.config.visibility)
+        sum_GE, count_G = self._segment_sums(h_TE, segments, row_D, cache)
+        if len(segments.closed_M):
+            mean_ME = (sum_GE / count_G[:, None])[segments.closed_M].to(h_TE.dtype)
+            closed_B = torch.zeros_like(cache.concepts_B).index_copy_(0, row_D, segments.closed_T[new.last_D])
+            closed = Extension.of(closed_B.cpu(), cache.concepts_B.cpu(), h_TE.device)
+            cache.reserve_concepts(closed.layout.max_seqlen)
+            self._reason(mean_ME, segments.end_M, Appending(closed), cache.last_concept()[closed.row_D], cache)
+            cache.concepts_B += closed_B
+            cache.most_concepts = int(cache.concepts_B.max())
+
+        k_SKN, v_SKN, slots = cache.slots_seen(new, past_D[tokens.document_T] + segments.closed_T)
+        cross = self.cross_attention
+        q_THN = cross.queries(h_TE, cross.rope(tokens.position_T))
+        h_TE = cross.after_attention(h_TE, cross.attend(q_THN, k_SKN, v_SKN, slots))
+        h_TE = self.decoder(h_TE, tokens, cache.stack("decoder", cache.tokens, where))
+        return self.decoder_norm(h_TE), decided
+
+    def extend_by_nothing(self) -> tuple[Tensor, Boundaries]:
+        h_TE, _ = super().extend_by_nothing()
+        probability_T = h_TE.new_zeros(0, dtype=torch.promote_types(h_TE.dtype, torch.float32))
+        return h_TE, Boundaries(probability_T, probability_T.bool())
+
+    def _segment_sums(
+        self, h_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of states and numbers of tokens, (G, E) and (G,), with the open segments' of before, and leaves those
+        that are open now in the cache.
+        """
+        sum_GE = segment_sum(h_TE, segments.length_G).index_add_(0, segments.first_D, cache.open_sum_BE[row_D])
+        count_G = segments.length_G.index_add(0, segments.first_D, cache.open_count_B[row_D])
+        cache.open_sum_BE[row_D], cache.open_count_B[row_D] = sum_GE[segments.open_D], count_G[segments.open_D]
+        return sum_GE, count_G
+
+    def step(
+        self, input_ids_B: Tensor, active_B: Tensor, cache: ConceptCache, call: Call = directly, whole: bool = False
+    ) -> tuple[Tensor, Boundaries]:
+        """See `PackedCausalLM.step`. The host waits to know whether a segment closed in any row: mostly none does at
+        batch 1, and the backbone need not be read.
+        """
+        read = call(self.read, input_ids_B, active_B, cache)
+        if whole or any(OnHost(read.closing_B).read()):
+            call(self.reason, read, cache)
+            cache.most_concepts += not whole
+        return call(self.answer, read, cache), read.decided
+
+    def read(self, input_ids_B: Tensor, active_B: Tensor, cache: ConceptCache) -> Read:
+        """A step's first part: encoder, boundary, and the bookkeeping of segments."""
+        where = Stepping.of(cache.length_B, active_B, cache.tokens)
+        past = cache.stack("encoder", cache.tokens, where)
+        h_BE = self.encoder(self.embed_tokens(input_ids_B), where.layout, past)
+        decided = self.detector(h_BE, where.layout, None, cache.last_state())
+        where.write(cache.tokens["states"][0], h_BE)
+        decided = Boundaries(torch.where(active_B, decided.probability_T, 0), decided.boundary_T & active_B)
+
+        inclusive = self.config.visibility == "inclusive"
+        if inclusive:
+            self._add_to_open(h_BE, active_B, cache)
+        closing_B = decided.boundary_T & (cache.open_count_B > 0)
+        mean_BE = cache.open_sum_BE / cache.open_count_B.clamp(min=1)[:, None]
+        cache.open_sum_BE.masked_fill_(closing_B[:, None], 0)
+        cache.open_count_B.masked_fill_(closing_B, 0)
+        if not inclusive:
+            self._add_to_open(h_BE, active_B, cache)
+        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(h_BE.dtype), cache.length_B - int(not inclusive))
+
+    def _add_to_open(self, h_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
+        cache.open_sum_BE += torch.where(active_B[:, None], h_BE, 0)
+        cache.open_count_B += active_B
+
+    def reason(self, read: Read, cache: ConceptCache) -> None:
+        """A step's second part, where segments closed: their concepts."""
+        where = Stepping.of(cache.concepts_B, read.closing_B, cache.concepts)
+        self._reason(read.mean_BE, read.end_B, where, cache.last_concept(), cache)
+        cache.concepts_B += read.closing_B
+
+    def _reason(
+        self, mean_ME: Tensor, end_M: Tensor, where: Appending | Stepping, past_DC: Tensor, cache: ConceptCache
+    ) -> None:
+        """From the means of closed segments, whose last tokens have these positions, to what cross-attention reads."""
+        cross, concepts = self.cross_attention, where.layout
+        z_MC = self.backbone(self.pooling.project(mean_ME), concepts, cache.stack("backbone", cache.concepts, where))
+        where.write(cache.concepts["reasoned"][0], z_MC)
+        k_MKN, v_MKN = cross.keys_and_values(self.smooth(z_MC, concepts, past_DC), cross.rope(end_M))
+        for name, x_M in (("cross_keys", k_MKN), ("cross_values", v_MKN), ("end", end_M)):
+            where.write(cache.slots[name][0], x_M, shift=1)
+
+    def answer(self, read: Read, cache: ConceptCache) -> Tensor:
+        """A step's last part: cross-attention, decoder, and logits (B, V)."""
+        cross, active_B = self.cross_attention, read.active_B
+        where = Stepping.of(cache.length_B, active_B, cache.tokens)
+        q_BHN = cross.queries(read.h_BE, cross.rope(where.layout.position_T))
+        h_BE = cross.after_attention(read.h_BE, cache.read_slots(q_BHN, active_B))
+        h_BE = self.decoder(h_BE, where.layout, cache.stack("decoder", cache.tokens, where))
+        cache.length_B += active_B
+        return self.last_logits(self.decoder_norm(h_BE)[:, None])[:, 0]
 
     @torch.no_grad()
     def boundary_statistics(

@@ -95,8 +95,14 @@ class RatioDetector(LearnedDetector):
         super().__init__(config)
         self.ratio = config.target_ratio
 
-    def forward(self, h_TE: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Boundaries:
-        probability_T = self.score(h_TE, tokens)
+    def forward(
+        self,
+        h_TE: Tensor,
+        tokens: PackedLayout,
+        generator: torch.Generator | None = None,
+        past_DE: Tensor | None = None,
+    ) -> Boundaries:
+        probability_T = self.score(h_TE, tokens, past_DE)
         uniform_T = torch.rand(tokens.total, generator=generator, device=h_TE.device)
         return Boundaries(probability_T, (uniform_T < 1 / self.ratio) | tokens.is_first_T)
 

@@ -33,7 +33,8 @@ needs_compiler = pytest.mark.skipif(
     reason="torch.compile on the CPU needs a C++ compiler and Python's headers",
 )
 # triton is for Linux alone
-NEED_TRITON = ["dlcm/test_ragged_attention.py", "dlcm/test_sharding.py", "eval/test_bench_attention.py"]
+NEED_TRITON = ["dlcm/test_decode_attention.py", "dlcm/test_ragged_attention.py", "dlcm/test_sharding.py"]
+NEED_TRITON += ["eval/test_bench_attention.py"]
 collect_ignore = [] if find_spec("triton") else NEED_TRITON
 
 settings.register_profile("dlcm", derandomize=True, deadline=None, database=None)

@@ -63,9 +63,10 @@ def loop_probabilities(q_TS: Tensor, k_TS: Tensor, lengths: list[int]) -> list[f
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 2**16))
 def test_probability_is_eq_5(lengths: list[int], seed: int):
     q_TS, k_TS = random_states(sum(lengths), seed), random_states(sum(lengths), seed + 1)
-    p_T = cosine_boundary_probability(q_TS, k_TS, packed(lengths))
+    tokens = packed(lengths)
+    p_T = cosine_boundary_probability(tokens.previous(q_TS), k_TS, tokens)
     torch.testing.assert_close(p_T, torch.tensor(loop_probabilities(q_TS, k_TS, lengths), dtype=p_T.dtype))
-    first_T = packed(lengths).is_first_T
+    first_T = tokens.is_first_T
     assert bool((p_T[first_T] == 1).all()) and bool(((p_T >= 0) & (p_T <= 1)).all())
 
 
@@ -73,7 +74,8 @@ def test_probability_of_the_extremes():
     """Same direction 0, orthogonal 1/2, opposite 1."""
     east, north = [1.0, 0.0], [0.0, 1.0]
     states = torch.tensor([east, east, north, [0.0, -3.0]])
-    assert cosine_boundary_probability(states, states, packed([4])).tolist() == [1.0, 0.0, 0.5, 1.0]
+    tokens = packed([4])
+    assert cosine_boundary_probability(tokens.previous(states), states, tokens).tolist() == [1.0, 0.0, 0.5, 1.0]
 
 
 def test_probability_is_computed_wide():

@@ -217,7 +217,7 @@ def test_catches_one_slot_too_many(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_catches_smoothing_that_looks_ahead(monkeypatch: pytest.MonkeyPatch):
-    def centred(self, z_MC, concepts):
+    def centred(self, z_MC, concepts, past_DC):
         last_M = concepts.position_T.roll(-1) == 0
         return z_MC + self.mix * (torch.where(last_M[:, None], z_MC, z_MC.roll(-1, 0)) - z_MC)
 

@@ -18,7 +18,7 @@ import dlcm.compilation
 from dlcm import DLCMForCausalLM
 from dlcm.blocks import TransformerStack
 from dlcm.causal_lm import PackedCausalLM
-from dlcm.compilation import CompilationError, compile_blocks_
+from dlcm.compilation import CompilationError, compile_blocks_, compiled_for_steps
 from dlcm.concepts import AdjacentSmoothing
 from dlcm.host import OnHost
 from dlcm.layout import ConceptRooms, PackedLayout
@@ -334,9 +334,35 @@ def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
     smooth = AdjacentSmoothing.forward
 
-    def looks(self: AdjacentSmoothing, z_MC: Tensor, concepts: PackedLayout) -> Tensor:
+    def looks(self: AdjacentSmoothing, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None) -> Tensor:
         assert z_MC.sum().item() != 0 and len(z_MC[z_MC[:, 0] > 0]) > 0
         return smooth(self, z_MC, concepts)
 
     monkeypatch.setattr(AdjacentSmoothing, "forward", looks)
     assert waits_of_a_step(tiny_dlcm())["tests/dlcm/test_compilation.py:looks"] == 2
+
+
+# Steps of decoding
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("whole_blocks", [False, True], ids=["eager", "compiled"])
+def test_steps_have_compiled_regions_of_their_own(build, whole_blocks: bool):
+    """Only meanwhile, for each number of rows, and they are the same function."""
+    model = build()
+    if whole_blocks:
+        compile_blocks_(model, backend="aot_eager")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    for batch in (2, 3):
+        ids_BL = torch.randint(5, (batch, 9), generator=torch.Generator().manual_seed(batch))
+        expected = build()(ids_BL).logits
+        cache = model.new_cache()
+        with compiled_for_steps(model, batch, backend="aot_eager"), torch.no_grad():
+            for column in range(9):
+                found = model(ids_BL[:, column : column + 1], past_key_values=cache).logits[:, 0]
+                torch.testing.assert_close(found, expected[:, column], rtol=0, atol=1e-10)
+    compiled = {key for key in model.compiled_steps if key[:2] == ("token", "before_attention")}
+    assert {batch for *_, batch in compiled} == {2, 3}
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert all(vars(module)[key] is value for key, value in before[name].items() if callable(value))

@@ -221,6 +221,20 @@ def test_the_cache_of_the_papers_pair():
     assert ours / theirs < 0.5
 
 
+def test_the_cache_is_what_decoding_keeps():
+    """Keys and values of tokens, closed concepts, and slots: fixed boundaries, 12 tokens of which 8 are in concepts."""
+    sizes = dict(TOKENS, max_position_embeddings=64)
+    dlcm = DLCMForCausalLM(DLCMConfig(**sizes, segmenter="fixed", target_ratio=4.0))
+    llama = LlamaBaselineForCausalLM(LlamaBaselineConfig(**sizes))
+    input_ids = torch.randint(160, (2, 12))
+    assert llama(input_ids, use_cache=True).past_key_values.key_value_bytes() == pytest.approx(
+        2 * 12 * cache_bytes_per_token(llama.config, number=4).total
+    )
+    null_slots = 2 * 2 * 4 * 32  # of two rows; they do not grow
+    kept = dlcm(input_ids, use_cache=True).past_key_values.key_value_bytes() - null_slots
+    assert kept == pytest.approx(2 * 12 * cache_bytes_per_token(dlcm.config, 12 / 2, number=4).total)
+
+
 def test_bytes_of_decoding():
     dlcm, llama = CONFIGS
     count = parameter_counts(llama)

@@ -264,40 +264,6 @@ def test_sharpening_can_be_scheduled():
         tiny_dlcm(segmenter="rule").set_sharpening(2.0)
 
 
-# Generation
-
-
-def greedy(model, prompt: Tensor, new_tokens: int) -> Tensor:
-    """The argmax of a full forward, appended again and again."""
-    ids = prompt
-    for _ in range(new_tokens):
-        ids = torch.cat([ids, model(ids[None]).logits[0, -1].argmax()[None]])
-    return ids
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_generate_is_greedy_decoding(build):
-    model, (prompt,) = build(6), random_documents([5], seed=6)
-    expected = greedy(model, prompt, 12)
-    assert model.generate(prompt[None], max_new_tokens=12, do_sample=False)[0].tolist() == expected.tolist()
-    assert len(set(expected[5:].tolist())) > 2, "a constant continuation would prove little"
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_generating_with_a_cache_is_refused(build):
-    with pytest.raises(ValueError, match="use_cache=True is not supported"):
-        build(6).generate(random_documents([5], seed=6)[0][None], max_new_tokens=2, use_cache=True)
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_left_padded_prompts_continue_as_they_would_alone(build):
-    model, prompts = build(6), random_documents([3, 8, 1], seed=7)
-    batch = arrange(prompts, "left_padded")
-    together = model.generate(**batch.inputs, max_new_tokens=10, do_sample=False)
-    for prompt, continued in zip(prompts, together, strict=True):
-        assert continued[8:].tolist() == greedy(model, prompt, 10)[len(prompt) :].tolist()
-
-
 # The baseline is LLaMA
 
 
