@@ -222,8 +222,8 @@ class DecodingCache(Cache):
         assert isinstance(self.config, LlamaBaselineConfig)
         return {"decoder": self.config.num_layers}
 
-    def reserve(self, columns: int) -> None:
-        """Makes room for so many more columns.
+    def check_positions(self, columns: int) -> None:
+        """Whether so many more columns are possible.
 
         Raises:
             ValueError: a row would have more tokens than `max_position_embeddings`.
@@ -236,7 +236,10 @@ class DecodingCache(Cache):
                 f"{self.longest} tokens in the cache and {columns} new ones are more than "
                 f"max_position_embeddings={positions}"
             )
-        self._grow(self.tokens, self.longest + columns, positions)
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for so many more columns."""
+        self._grow(self.tokens, self.longest + columns, self.config.max_position_embeddings)
         self._grow(self.seen, self.columns + columns)
 
     def _grow(self, room: Room, entries: int, at_most: int | None = None) -> None:

@@ -213,6 +213,7 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
             if attention_mask_BX.shape == (batch, cache.columns + columns):
                 attention_mask_BX = attention_mask_BX[:, cache.columns :]
             _check_mask(attention_mask_BX, input_ids_BL)
+        cache.check_positions(columns)
         is_new = not cache.is_initialized
         cache.begin(batch, self.device, self.embed_tokens.weight.dtype, self._product_dtype())
         cache.reserve(columns)
@@ -280,7 +281,8 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         `cache_implementation="static"` is one with as much room as will be needed, whose steps are CUDA graphs.
 
         Raises:
-            ValueError: there will be more tokens than positions, or another `cache_implementation`.
+            ValueError: there will be more tokens than positions, another `cache_implementation`, or a cache and
+                `use_cache=False`.
         """
         positions = self.config.max_position_embeddings
         if max_cache_length > positions:
@@ -295,6 +297,8 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         if given is not None:
             if implementation is not None:
                 raise ValueError("give either past_key_values or cache_implementation: the former is a cache already")
+            if not generation_config.use_cache:
+                raise ValueError("past_key_values needs use_cache=True; here, or in the checkpoint, it is False")
             given._is_user_defined = True  # read by generate()
         elif generation_config.use_cache:
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length, implementation == "static")

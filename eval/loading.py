@@ -91,8 +91,12 @@ def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> EncodedDoc
     """The tokens of a text that opens a document, as `train.prepare` lays documents out.
 
     Raises:
-        EvaluationError: the text is empty.
+        EvaluationError: the text is empty, or no text.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EvaluationError("the text is not valid UTF-8; convert it first") from error
     encoded = tokenizer(
         text,
         add_special_tokens=False,

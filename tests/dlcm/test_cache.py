@@ -347,6 +347,8 @@ def test_positions_run_out_with_an_error_and_nothing_lost(build: Callable):
     model = build(1, max_position_embeddings=16)
     ids_BL, mask_BL = left_padded([16, 9], 4)
     cache = model.new_cache()
+    with pytest.raises(ValueError, match="0 tokens in the cache and 17 new ones"):
+        model(torch.zeros(2, 17, dtype=torch.long), past_key_values=cache)
     decode(model, ids_BL, mask_BL, [12], cache)
     with pytest.raises(ValueError, match=r"12 tokens in the cache and 5 new ones .* max_position_embeddings=16"):
         model(ids_BL[:, :5], past_key_values=cache)

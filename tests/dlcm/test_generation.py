@@ -167,6 +167,8 @@ def test_what_cannot_be_generated_is_an_error_before_anything_is(build: Callable
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(prompt[None], generation_config=GenerationConfig(**arguments))
+    with pytest.raises(ValueError, match="past_key_values needs use_cache=True"):
+        model.generate(prompt[None], max_new_tokens=2, use_cache=False, past_key_values=model.new_cache())
     with pytest.raises(ValueError, match="give either past_key_values or cache_implementation"):
         configuration = GenerationConfig(max_new_tokens=2, cache_implementation="dynamic")
         model.generate(prompt[None], generation_config=configuration, past_key_values=model.new_cache())

@@ -87,7 +87,7 @@ def test_white_space_that_the_tokenizer_drops_is_kept() -> None:
     )
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("x" * 128, "129 tokens.*128 positions")])
+@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("\udce9", "not valid UTF-8"), ("x" * 128, "129 tokens.*128 positions")])
 def test_impossible_texts(text: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         segment(model_for(BYTES), BYTES, text)
