@@ -15,7 +15,7 @@ from dlcm import mup
 from dlcm.boundary import Boundaries
 from dlcm.cache import DecodingCache
 from dlcm.config import TokenBlocksConfig
-from dlcm.decoding import Call, StepGraphs, directly
+from dlcm.decoding import Call, StepGraphs, compiled_if_model_is, directly
 from dlcm.layout import Extension, PackedLayout, RowLayout, cumulative
 from dlcm.linear_cross_entropy import IGNORED, linear_cross_entropy
 
@@ -235,7 +235,8 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         ids_B = input_ids_B1[:, 0]
         active_B = torch.ones_like(ids_B, dtype=torch.bool) if mask_B1 is None else mask_B1[:, 0].bool()
         if not cache.replayed:
-            answer = self.step(ids_B, active_B, cache)
+            with compiled_if_model_is(self, len(ids_B)):
+                answer = self.step(ids_B, active_B, cache)
         else:
             if cache.graphs is None or cache.graphs.moves != cache.moves:
                 cache.graphs = None  # its memory is needed
@@ -255,7 +256,8 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         input_ids_T = rows.pack(input_ids_BL)
         if len(input_ids_T):
             new = Extension.of(new_B, past_B, input_ids_T.device)
-            h_TE, decided = self.extend(input_ids_T, new, cache)
+            with compiled_if_model_is(self, None):
+                h_TE, decided = self.extend(input_ids_T, new, cache)
             cache.length_B += new_B.to(cache.length_B.device)
         else:
             h_TE, decided = self.extend_by_nothing()

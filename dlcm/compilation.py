@@ -68,17 +68,24 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
 
 
 @contextmanager
-def compiled_for_steps(model: PackedCausalLM, batch: int, backend: str = "inductor") -> Iterator[None]:
-    """Meanwhile, the same regions are compiled for steps of so many rows, where tokens and concepts are as many."""
-    compiled = model.compiled_steps
+def compiled_for_decoding(model: PackedCausalLM, batch: int | None) -> Iterator[None]:
+    """Meanwhile, the same regions are compiled for decoding with a cache.
+
+    Args:
+        model: on the device where it is to run.
+        batch: for steps of so many rows, where tokens and concepts are as many. None is for pieces of any number of
+            tokens, in one version for them all: what depends on the number of documents besides is not compiled.
+    """
     before = []
     for region in _regions(model):
-        key = region.kind, region.name, batch
-        if key not in compiled:
-            method = _with_own_code(getattr(type(region.module), region.name))
-            compiled[key] = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
         before.append((region, vars(region.module).get(region.name)))
-        setattr(region.module, region.name, types.MethodType(compiled[key], region.module))
+        function = getattr(type(region.module), region.name)
+        if batch is not None or not region.by_document:
+            key = region.kind, region.name, batch
+            if key not in model.compiled_steps:
+                model.compiled_steps[key] = _compiled_for(function, batch)
+            function = model.compiled_steps[key]
+        setattr(region.module, region.name, types.MethodType(function, region.module))
     try:
         yield
     finally:
@@ -89,13 +96,26 @@ def compiled_for_steps(model: PackedCausalLM, batch: int, backend: str = "induct
                 setattr(region.module, region.name, own)
 
 
+def _compiled_for(method: Callable, batch: int | None) -> Callable:
+    function = torch.compile(_with_own_code(method), fullgraph=True, dynamic=False)
+    # One row is a version of its own: concepts are often that few.
+    return function if batch is not None else _with_varying_rows(function, torch._dynamo.maybe_mark_dynamic)
+
+
 class _Region(NamedTuple):
-    """A method to compile, what shares its code, and whether its inputs have as many rows as there are concepts."""
+    """A method to compile.
+
+    Attributes:
+        kind: what shares its code.
+        varying_rows: in training, whether its inputs have as many rows as there are concepts.
+        by_document: whether it takes what there is one of for each document.
+    """
 
     module: nn.Module
     name: str
     kind: str
     varying_rows: bool = False
+    by_document: bool = False
 
 
 def _regions(model: PackedCausalLM) -> Iterator[_Region]:
@@ -107,10 +127,10 @@ def _regions(model: PackedCausalLM) -> Iterator[_Region]:
                 yield _Region(block, "after_attention", level, level == "concept")
     if isinstance(model, DLCMForCausalLM):
         if not isinstance(model.detector, FixedDetector):
-            yield _Region(model.detector, "score", "detector")
-        yield _Region(model, "smooth", "model", True)
+            yield _Region(model.detector, "score", "detector", by_document=True)
+        yield _Region(model, "smooth", "model", varying_rows=True, by_document=True)
         yield _Region(model.cross_attention, "queries", "cross")
-        yield _Region(model.cross_attention, "keys_and_values", "cross", True)
+        yield _Region(model.cross_attention, "keys_and_values", "cross", varying_rows=True)
         yield _Region(model.cross_attention, "after_attention", "cross")
 
 
@@ -136,14 +156,14 @@ def _with_own_code(function: Callable) -> Callable:
     )
 
 
-def _with_varying_rows(compiled: Callable) -> Callable:
+def _with_varying_rows(compiled: Callable, mark: Callable = torch._dynamo.mark_dynamic) -> Callable:
     """The first dimension of every input is dynamic from the first call on, and no other ever is."""
 
     def call(module: nn.Module, *inputs: Any) -> Any:
         for leaf in tree_leaves(inputs):
             rows = leaf.position_T if isinstance(leaf, PackedLayout) else leaf
             if rows is not None:
-                torch._dynamo.mark_dynamic(rows, 0)
+                mark(rows, 0)
         return compiled(module, *inputs)
 
     return call

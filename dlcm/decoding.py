@@ -12,7 +12,7 @@ and the baseline's is one.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,13 @@ def directly(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+def compiled_if_model_is(model: "PackedCausalLM[Any]", batch: int | None) -> AbstractContextManager[None]:
+    """See `dlcm.compilation.compiled_for_decoding`; nothing where the model's blocks are not compiled."""
+    from dlcm.compilation import compiled_for_decoding  # which knows the models, and they know this file
+
+    return compiled_for_decoding(model, batch) if model.compiled else nullcontext()
+
+
 class StepGraphs:
     """A model's step on a cache, captured once: it reads and writes the very tensors that were there at capture.
 
@@ -45,14 +52,12 @@ class StepGraphs:
 
     def __init__(self, model: "PackedCausalLM[Any]", cache: "DecodingCache"):
         """Captures; the cache stays as it is, since no row is active meanwhile."""
-        from dlcm.compilation import compiled_for_steps  # which knows the models, and they know this file
-
         self.moves = cache.moves
         self._ids_B = torch.zeros_like(cache.length_B)
         self._active_B = torch.zeros_like(cache.length_B, dtype=torch.bool)
         self._parts: dict[str, tuple[Callable[[], None], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        with compiled_for_steps(model, len(self._ids_B)) if model.compiled else nullcontext():
+        with compiled_if_model_is(model, len(self._ids_B)):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -18,7 +18,7 @@ import dlcm.compilation
 from dlcm import DLCMForCausalLM
 from dlcm.blocks import TransformerStack
 from dlcm.causal_lm import PackedCausalLM
-from dlcm.compilation import CompilationError, compile_blocks_, compiled_for_steps
+from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.concepts import AdjacentSmoothing
 from dlcm.host import OnHost
 from dlcm.layout import ConceptRooms, PackedLayout
@@ -342,27 +342,27 @@ def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch):
     assert waits_of_a_step(tiny_dlcm())["tests/dlcm/test_compilation.py:looks"] == 2
 
 
-# Steps of decoding
+# Decoding
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-@pytest.mark.parametrize("whole_blocks", [False, True], ids=["eager", "compiled"])
-def test_steps_have_compiled_regions_of_their_own(build, whole_blocks: bool):
-    """Only meanwhile, for each number of rows, and they are the same function."""
+def test_decoding_has_compiled_regions_of_its_own(build, monkeypatch: pytest.MonkeyPatch):
+    """Only meanwhile, one version for pieces and one for each number of rows of a step; they are the same function."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = build()
-    if whole_blocks:
-        compile_blocks_(model, backend="aot_eager")
+    compile_blocks_(model, backend="aot_eager")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    for batch in (2, 3):
-        ids_BL = torch.randint(5, (batch, 9), generator=torch.Generator().manual_seed(batch))
+    for batch in (1, 2, 3):
+        ids_BL = torch.randint(5, (batch, 30), generator=torch.Generator().manual_seed(batch))
         expected = build()(ids_BL).logits
-        cache = model.new_cache()
-        with compiled_for_steps(model, batch, backend="aot_eager"), torch.no_grad():
-            for column in range(9):
-                found = model(ids_BL[:, column : column + 1], past_key_values=cache).logits[:, 0]
-                torch.testing.assert_close(found, expected[:, column], rtol=0, atol=1e-10)
+        for pieces in ([5, 1, 1, 1, 7, 2, 3, 10], [20, 10], [2] * 15, [6, 8, 4, 3, 9]):
+            cache, start = model.new_cache(), 0
+            for piece in pieces:
+                found = model(ids_BL[:, start : start + piece], past_key_values=cache).logits
+                torch.testing.assert_close(found, expected[:, start : start + piece], rtol=0, atol=1e-10)
+                start += piece
     compiled = {key for key in model.compiled_steps if key[:2] == ("token", "before_attention")}
-    assert {batch for *_, batch in compiled} == {2, 3}
+    assert {batch for *_, batch in compiled} == {None, 1, 2, 3}
     for name, module in model.named_modules():
         assert vars(module).keys() == before[name].keys()
         assert all(vars(module)[key] is value for key, value in before[name].items() if callable(value))
