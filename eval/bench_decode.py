@@ -14,8 +14,8 @@ decode.csv, decode.json, decode.md and decode.png to `--output`, decode.json aft
     compiled   the same at batch 1 with compiled blocks (see dlcm/compilation.py); only if asked for
     trained    decode on a trained checkpoint's own validation text with its own boundaries, and threshold flips
 
-A step is `model(input_ids, past_key_values=cache)` and an argmax on the device; on a GPU steps are CUDA graphs
-(see dlcm/decoding.py). It lasts from the end of the one before to its own end, as the device sees it.
+A step is `model(input_ids, past_key_values=cache)` and an argmax on the device; on a GPU steps are CUDA graphs of
+compiled blocks (see dlcm/decoding.py). It lasts from the end of the one before to its own, as the device sees it.
 The context of `decode` is synthetic: random keys, values and states, and a boundary every R tokens before the steps.
 An untrained detector is far from its ratio, so boundaries are read from a table after the learned scores have been
 computed: what the detector costs is in the time. The table is random, but each 16 tokens of a row have 16 / R of them,
@@ -206,21 +206,6 @@ def rooms(cache: DecodingCache) -> list[Room]:
     return [value for value in vars(cache).values() if isinstance(value, Room)]
 
 
-def keys_and_values_bytes(cache: DecodingCache) -> int:
-    """Bytes of the keys and values that rows have: `bytes_in_use` without states, counts and ends."""
-    entries = [(cache.tokens, int(cache.length_B.sum()))]
-    if isinstance(cache, ConceptCache):
-        concepts = int(cache.concepts_B.sum())
-        entries += [(cache.concepts, concepts), (cache.slots, concepts + cache.batch_size)]
-    return sum(
-        number * x_BS[0, 0].numel() * x_BS.element_size()
-        for room, number in entries
-        for name, tensors in room.tensors.items()
-        if name.endswith(("_keys", "_values"))
-        for x_BS in tensors
-    )
-
-
 class Needed(NamedTuple):
     """Bytes of a case."""
 
@@ -314,7 +299,7 @@ def measure_steps(model: Model, cache: DecodingCache, steps: int, text_BX: Tenso
     batch, context = cache.batch_size, cache.columns
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    in_use = {"kv": keys_and_values_bytes(cache), "cache": cache.bytes_in_use()}
+    in_use = {"kv": cache.key_value_bytes(), "cache": cache.bytes_in_use()}
     generator = torch.Generator(device).manual_seed(SEED)
     said_B1 = torch.randint(config.vocab_size, (batch, 1), generator=generator, device=device)
     given = None if text_BX is None else iter(text_BX.split(1, 1))
@@ -489,11 +474,21 @@ def bench_model(
         return held[0]
 
     def decode(context: int, batch: int) -> Row:
+        if device.type == "cuda" and not model().compiled:
+            compile_blocks_(model())  # steps are compiled when they are captured
         return measure_decode(model(), context, batch, options.steps)
 
     def prefill(context: int, batch: int, compiled: bool) -> Row:
         return measure_prefill(model(), context, batch, compiled)
 
+    def prefilled(compiled: bool) -> Iterator[Row]:
+        for context, batch in itertools.product(options.contexts, options.batches):
+            if batch <= (1 if compiled else PREFILL_BATCH) and context * batch <= PREFILL_TOKENS:
+                of_case = {"part": "prefill", **key, "context": context, "batch": batch, "compiled": compiled}
+                yield attempt(of_case, functools.partial(prefill, context, batch, compiled))
+
+    if "prefill" in parts:  # before anything is compiled
+        yield from prefilled(compiled=False)
     for context, batch in cases if "decode" in parts else ():
         of_case = {"part": "decode", **key, "context": context, "batch": batch}
         need = needed(config, batch, context + room)
@@ -501,16 +496,8 @@ def bench_model(
             yield attempt(of_case, functools.partial(decode, context, batch))
         else:
             yield {**of_case, "needs_gb": sum(need) / 1e9, "note": str(need)}
-    prefills = [
-        (context, batch)
-        for context, batch in itertools.product(options.contexts, options.batches)
-        if batch <= PREFILL_BATCH and context * batch <= PREFILL_TOKENS
-    ]
-    wanted = [(case, False) for case in prefills if "prefill" in parts]
-    wanted += [(case, True) for case in prefills if "compiled" in parts and case[1] == 1]
-    for (context, batch), compiled in wanted:
-        of_case = {"part": "prefill", **key, "context": context, "batch": batch, "compiled": compiled}
-        yield attempt(of_case, functools.partial(prefill, context, batch, compiled))
+    if "compiled" in parts:
+        yield from prefilled(compiled=True)
 
 
 def bench_trained(options: argparse.Namespace) -> Iterator[Row]:

@@ -24,7 +24,6 @@ from eval.bench_decode import (
     draw_boundaries,
     fill_,
     filled_cache,
-    keys_and_values_bytes,
     main,
     measure_decode,
     measure_flips,
@@ -162,7 +161,7 @@ def test_memory_is_what_tensors_take(config: Any) -> None:
     assert need.cache == sum(x.nbytes for x in tensors)
     assert need.weights == 2 * model.num_parameters()
     assert need.fit(None) and need.fit(sum(need) + 4e9) and not need.fit(sum(need))
-    in_use, keys_and_values = cache.bytes_in_use(), keys_and_values_bytes(cache)
+    in_use, keys_and_values = cache.bytes_in_use(), cache.key_value_bytes()
     assert keys_and_values <= in_use <= need.cache and (keys_and_values == in_use) == (len(rooms) == 2)
     # A concept is missing whose segment is open, and slot 0 is no concept's.
     assert keys_and_values / (3 * 40) == pytest.approx(cache_bytes_per_token(config).total, rel=0.1)
