@@ -5,9 +5,11 @@ blocks without concepts. Both are `transformers` configurations: they save to an
 and a key that is not a field is an error.
 """
 
+import copy
 import difflib
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -183,6 +185,19 @@ class DLCMConfig(TokenBlocksConfig):
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1")
         if not 0 <= self.aux_loss_weight < math.inf:
             raise ValueError(f"aux_loss_weight={self.aux_loss_weight} must be finite and not negative")
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with other values, checked.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.validate_architecture()
+    return config
 
 
 def _check_positive(config: PreTrainedConfig, *names: str) -> None:

@@ -7,12 +7,12 @@
 So a DLCM is fitted by its backbone, and everything at token level stays.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from dlcm import DLCMConfig
+from dlcm.config import changed
 from dlcm.flops import Config, forward_flops
 from eval.loading import EvaluationError
 
@@ -74,15 +74,6 @@ def match(
         )
     config = changed(template, changes)
     return Match(config, {name: value for name, value in changes.items() if getattr(template, name) != value}, ratio)
-
-
-def changed(config: Config, changes: dict[str, int]) -> Config:
-    """A copy with other values, checked."""
-    config = copy.deepcopy(config)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    config.validate_architecture()
-    return config
 
 
 def _swiglu_name(template: Config) -> str:

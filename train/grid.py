@@ -13,40 +13,28 @@ each decoder layer, d_concept is one to two d_token, and SwiGLU widths, up to `S
 rest. All points of one N have the same d_token, so that embedding and unembedding, which N leaves out, do not differ
 where P does.
 
-    OUTPUT/NAME.yaml    the configuration of a run; by hand: python -m train.pretrain OUTPUT/NAME.yaml
-    OUTPUT/NAME.log     what it printed
-    OUTPUT/NAME/        the run
-    OUTPUT/fit/         the law, by eval.scaling
+    OUTPUT/NAME.*, OUTPUT/NAME/    a run (see train/runs.py)
+    OUTPUT/fit/                    the law, by eval.scaling
 """
 
 import argparse
-import copy
 import dataclasses
-import difflib
 import itertools
 import json
 import math
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from dlcm import DLCMConfig, LlamaBaselineConfig
+from dlcm.config import changed
 from dlcm.flops import TABLES, Config, forward_flops, parameter_counts
-from train.config import ConfigError, RunConfig, build_model_config, load_run_config, save_run_config, validate
-from train.data import read_manifest
-from train.metrics import read_metrics
-from train.pretrain import ERRORS, check_run_directory, lacks_evaluation, step_to_continue
+from train.config import ConfigError, RunConfig, build_model_config, load_run_config, validate
+from train.runs import PlannedRun, add_instead_of_running, carry_out, columns, read_plan, report_errors
 
 SIZE_TOLERANCE = 0.05  # of N, relative
 SHARE_TOLERANCE = 0.03  # of P, absolute
@@ -54,10 +42,6 @@ ENCODER_PER_DECODER = 2  # layers
 STRETCH = 1.5  # a SwiGLU width is at most so many times wider or narrower than the base run's proportions
 # What is missing of a number of parameters counts so many times as much as the same deviation from a proportion.
 EXACTNESS = 30
-
-
-class GridError(RuntimeError):
-    """Runs of a grid that failed; the message names them and their logs."""
 
 
 @dataclass
@@ -73,33 +57,10 @@ class GridConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One run of the grid."""
+class Point(PlannedRun):
+    """One run of the grid, and its model."""
 
-    name: str
-    run: RunConfig
     config: Config
-    processes: int
-
-    @property
-    def config_file(self) -> Path:
-        return Path(f"{self.run.output}.yaml")
-
-    @property
-    def log_file(self) -> Path:
-        return Path(f"{self.run.output}.log")
-
-    @property
-    def tokens(self) -> int:
-        """D, those of all steps."""
-        batch = self.run.batch
-        per_step = batch.rows * batch.accumulation * self.run.data.sequence_length * self.processes
-        return self.run.schedule.steps * per_step
-
-    def command(self, python: str) -> list[str]:
-        """What runs it, or resumes it."""
-        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        return [python, *(several if self.processes > 1 else []), "-m", "train.pretrain", str(self.config_file)]
 
 
 # Reading a grid
@@ -111,24 +72,7 @@ def load_grid(path: Path) -> GridConfig:
     Raises:
         ConfigError: not readable, an unknown key, a wrong type, or a value that no grid has.
     """
-    try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
-            raise ConfigError(f"{path}: must hold `key: value` pairs at the top level")
-        known = [field.name for field in dataclasses.fields(GridConfig)]
-        for key in content:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
-                raise ConfigError(f"{path}: unknown key {key!r}; did you mean {(near or known)[0]!r}?")
-        merged = OmegaConf.merge(OmegaConf.structured(GridConfig), content)
-        for key in OmegaConf.missing_keys(merged):
-            raise ConfigError(f"{path}: {key} is missing; set it in the file")
-        grid = OmegaConf.to_object(merged)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    assert isinstance(grid, GridConfig)
+    grid = read_plan(path, GridConfig)
     ranges: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         ("sizes", lambda size: 1 <= size < math.inf, "at least 1 parameter"),
         ("shares", lambda share: 0 < share < 1, "between 0 and 1, both excluded"),
@@ -140,8 +84,6 @@ def load_grid(path: Path) -> GridConfig:
             raise ConfigError(f"{path}: {key} is {values}, but must hold numbers, each {words}")
         if len(set(values)) < len(values):
             raise ConfigError(f"{path}: {key} is {values}; name each value once")
-    if grid.processes < 1:
-        raise ConfigError(f"{path}: processes is {grid.processes}, but must be at least 1")
     return grid
 
 
@@ -194,7 +136,7 @@ def make_point(run: RunConfig, name: str, grid: GridConfig) -> Point:
         validate(run)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    return Point(name, run, build_model_config(run), grid.processes)
+    return Point(name, run, grid.processes, build_model_config(run))
 
 
 def short(number: float) -> str:
@@ -381,100 +323,6 @@ def widths(template: DLCMConfig, level: str, width: int) -> dict[str, int]:
     return {f"d_{level}": width, f"{level}_heads": width // head_dim, f"{level}_kv_heads": kv_heads}
 
 
-def changed(template: DLCMConfig, sizes: dict[str, int]) -> DLCMConfig:
-    """A copy with other sizes."""
-    config = copy.deepcopy(template)
-    for name, value in sizes.items():
-        setattr(config, name, value)
-    return config
-
-
-# Running
-
-
-class SignalsPassedOn:
-    """While active, SIGINT and SIGTERM go to the run, which saves and stops; `number` is the last one.
-
-    The run is in a process group of its own, so that a terminal does not send it what is passed on, a second time,
-    at which it would stop at once. A signal that was ignored when the grid began stays so.
-    """
-
-    def __init__(self, child: subprocess.Popen[bytes]):
-        self.number = 0
-        self._child = child
-
-    def __enter__(self) -> "SignalsPassedOn":
-        wanted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._pass_on) for number in wanted}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._child.send_signal(number)
-
-
-def launch(command: Sequence[str], log_file: Path) -> tuple[int, int]:
-    """Runs a command, its output added to a log; returns its exit status, and the signal that stopped it or 0."""
-    with log_file.open("ab") as log:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0
-        )
-        with SignalsPassedOn(child) as signals:
-            return child.wait(), signals.number
-
-
-def is_finished(run: RunConfig) -> bool:
-    """Whether `train.pretrain` would leave the run alone. Where it would stop with an error, it is to say so."""
-    try:
-        check_run_directory(run)
-        step = step_to_continue(Path(run.output))
-        return step >= run.schedule.steps and not lacks_evaluation(run, step)
-    except ERRORS:
-        return False
-
-
-def run_points(points: Sequence[Point]) -> int:
-    """Runs what is not finished, one run after another.
-
-    Returns:
-        0, or the number of the signal that stopped it.
-
-    Raises:
-        GridError: runs failed; the others are finished.
-    """
-    failed = []
-    for number, point in enumerate(points, 1):
-        start, progress = time.monotonic(), f"[{number}/{len(points)}] {point.name}:"
-        if is_finished(point.run):
-            print(progress, "finished before", flush=True)
-            continue
-        status, stopped_by = launch(point.command(sys.executable), point.log_file)
-        seconds = time.monotonic() - start
-        if stopped_by:
-            print(progress, f"stopped after {seconds:.0f} s; the same command goes on from here", flush=True)
-            return stopped_by
-        if status != 0:
-            failed.append(point)
-            print(progress, f"failed after {seconds:.0f} s with status {status}, see {point.log_file}", flush=True)
-            continue
-        print(progress, f"{outcome(point)}, {seconds:.0f} s", flush=True)
-    if failed:
-        named = ", ".join(f"{point.name} ({point.log_file})" for point in failed)
-        raise GridError(f"{len(failed)} of {len(points)} runs failed: {named}; the same command tries them again")
-    return 0
-
-
-def outcome(point: Point) -> str:
-    """The last validation of a run."""
-    last = [line for line in read_metrics(Path(point.run.output)) if line["kind"] == "validation"][-1]
-    found = "validation loss not finite" if last["loss"] is None else f"validation loss {last['loss']:.4f}"
-    return f"{found}, {last['tokens_per_concept']:.2f} tokens per concept" if "tokens_per_concept" in last else found
-
-
 # What is shown
 
 
@@ -491,54 +339,25 @@ def table(points: Iterable[Point]) -> str:
         else:
             cells = ("-", "-", str(config.num_layers), str(config.d_token), str(config.token_ffn))
         rows.append((point.name, f"{number:,}", *cells, f"{flops / 1e6:,.3f}", f"{point.tokens:,}"))
-    broad = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(broad[0]), *(cell.rjust(room) for cell, room in zip(row[1:], broad[1:], strict=True))])
-        for row in rows
-    )
-
-
-def write_configs(points: Iterable[Point]) -> None:
-    """Writes every run's configuration, from which it can be run by hand."""
-    for point in points:
-        point.config_file.parent.mkdir(parents=True, exist_ok=True)
-        save_run_config(point.run, point.config_file)
+    return columns(rows)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.grid", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="sizes, shares and ratios of the runs")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--list", action="store_true", help="show the points and run nothing")
-    instead.add_argument("--print", action="store_true", help="write configurations, print commands, run nothing")
+    instead = add_instead_of_running(parser)
     instead.add_argument("--no-fit", action="store_true", help="run, but do not fit the law")
     return parser.parse_args(argv)
 
 
+@report_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 done, 2 an error, 128 + N stopped by signal N."""
     arguments = parse_arguments(argv)
-    try:
-        points = load_points(arguments.grid)
-        if arguments.list:
-            print(table(points))
-            return 0
-        write_configs(points)
-        if arguments.print:
-            print("\n".join(shlex.join(point.command("python")) for point in points))
-            return 0
-        read_manifest(Path(points[0].run.data.path))  # once here, rather than in every log
-        number = run_points(points)
-        if number:
-            return 128 + number
-    except (GridError, *ERRORS) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted between two runs; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
-    if arguments.no_fit:
-        return 0
+    points = load_points(arguments.grid)
+    status = carry_out(points, arguments, lambda: table(points))
+    if status or arguments.list or arguments.print or arguments.no_fit:
+        return status
     from eval.scaling import main as fit  # evaluation is not needed to train
 
     output = points[0].config_file.parent / "fit"

@@ -17,7 +17,6 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 import transformers
@@ -55,6 +54,7 @@ from train.distributed import PeerFailure, Ranks
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.schedule import learning_rate_factor, sharpening
+from train.signals import StopRequests
 from train.step import (
     STOPS,
     Model,
@@ -398,28 +398,17 @@ def record_run(run: RunConfig) -> None:
     partial.replace(record)
 
 
-class StopSignal:
-    """While active, SIGINT and SIGTERM are noted in `number` and left to the loop, which ends its step first.
+class StopSignal(StopRequests):
+    """Stops are left to the loop, which ends its step first.
 
-    A second signal acts at once, unless `repeats` says that the launcher sends each one twice, as torchrun does. A
-    signal that was ignored when the run began stays so: nohup, or a script's `&`, means just that.
+    A second signal acts at once, unless `repeats` says that the launcher sends each one twice, as torchrun does.
     """
 
     def __init__(self, repeats: bool):
-        self.number = 0
+        super().__init__()
         self._repeats = repeats
 
-    def __enter__(self) -> "StopSignal":
-        wanted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in wanted}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+    def react(self, number: int) -> None:
         if not self._repeats:
             os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print may not be re-entered
             self.__exit__()

@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import signal
 import sys
 import types
 from collections.abc import Sequence
@@ -17,8 +16,7 @@ import train.grid as grid_module
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from tests.train.tiny import prepare_tiny, write_config
 from train.config import RunConfig, load_run_config
-from train.grid import Point, launch, load_points, main, size_and_share
-from train.pretrain import main as pretrain
+from train.grid import Point, load_points, main, size_and_share
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "scaling"
 MODELS = {"dlcm": DLCMForCausalLM, "llama": LlamaBaselineForCausalLM}
@@ -48,20 +46,6 @@ def write_grid(directory: Path, data: Path, run: dict[str, Any] | None = None, *
     path = directory / "grid.yaml"
     path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the runs that are launched, in this process, where torch is loaded already."""
-    names: list[str] = []
-
-    def here(command: Sequence[str], log_file: Path) -> tuple[int, int]:
-        names.append(log_file.stem)
-        assert command[:3] == [sys.executable, "-m", "train.pretrain"]
-        return pretrain(command[3:]), 0
-
-    monkeypatch.setattr(grid_module, "launch", here)
-    return names
 
 
 def assert_one_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
@@ -232,12 +216,6 @@ def test_a_changed_grid_does_not_touch_runs_of_the_old_one(
     assert "holds a run with other values of seed" in capsys.readouterr().err
 
 
-def test_a_stopped_run_stops_the_grid(grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(grid_module, "launch", lambda command, log_file: (143, signal.SIGTERM))
-    assert main([str(grid)]) == 128 + signal.SIGTERM
-    assert capsys.readouterr().out.count("stopped") == 1  # the second run was not begun
-
-
 def test_the_law_is_fitted_to_all_runs(grid: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch):
     asked: list[list[str]] = []
 
@@ -251,34 +229,3 @@ def test_the_law_is_fitted_to_all_runs(grid: Path, launched: list[str], monkeypa
     assert main([str(grid)]) == 3
     output = grid.parent / "grid"
     assert asked == [[*(str(output / name) for name in POINTS), "--output", str(output / "fit")]]
-
-
-SIGNALLED = """
-import os, signal, sys, time
-def stop(number, frame):
-    print("saved", flush=True)
-    sys.exit(128 + number)
-signal.signal(signal.SIGTERM, stop)
-os.kill(os.getppid(), signal.SIGTERM)
-time.sleep(30)
-"""
-
-
-def test_a_launched_process_is_logged_and_signals_reach_it_once(tmp_path: Path):
-    log_file, handler = tmp_path / "log", signal.getsignal(signal.SIGTERM)
-    assert launch([sys.executable, "-c", "print('first')"], log_file) == (0, 0)
-    assert launch([sys.executable, "-c", SIGNALLED], log_file) == (128 + signal.SIGTERM, signal.SIGTERM)
-    assert launch([sys.executable, "-c", "import sys; sys.exit('no')"], log_file) == (1, 0)
-    assert log_file.read_text().splitlines() == ["first", "saved", "no"]
-    assert signal.getsignal(signal.SIGTERM) is handler
-
-
-def test_a_run_is_launched_as_a_command(grid: Path, monkeypatch: pytest.MonkeyPatch):
-    """The real thing, once: the other tests run in this process."""
-    monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    point = load_points(grid)[0]
-    grid_module.write_configs([point])
-    assert grid_module.run_points([point]) == 0
-    assert "finished" in point.log_file.read_text()
-    assert grid_module.is_finished(point.run)

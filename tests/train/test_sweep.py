@@ -1,0 +1,102 @@
+"""Sweeps: every combination is a run, run once; results say what the runs have recorded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.train.tiny import prepare_tiny, write_config
+from train.config import ConfigError, load_run_config
+from train.sweep import load_sweep, main
+
+AXES = {
+    "rate": {"r1": {"optimizer.lr_token": 1e-3}, "r2": {"optimizer.lr_token": 2e-3, "optimizer.lr_other": 2e-3}},
+    "seed": {"s0": {"seed": 0}, "s1": {"seed": 1}},
+}
+NAMES = ["r1_s0", "r1_s1", "r2_s0", "r2_s1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def sweep(data: Path, tmp_path: Path) -> Path:
+    return write_sweep(tmp_path, data)
+
+
+def write_sweep(directory: Path, data: Path, **changes: Any) -> Path:
+    write_config(directory / "base.yaml", "llama", data, directory / "unused")
+    content = {"base": "base.yaml", "output": str(directory / "sweep"), "axes": AXES}
+    path = directory / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content | changes), encoding="utf-8")
+    return path
+
+
+def results(sweep: Path) -> list[dict[str, Any]]:
+    lines = (sweep.parent / "sweep" / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_runs_are_all_combinations(sweep: Path):
+    _, runs = load_sweep(sweep)
+    assert [run.name for run in runs] == NAMES
+    assert [run.labels for run in runs][1] == {"rate": "r1", "seed": "s1"}
+    last = runs[-1].run
+    assert (last.seed, last.optimizer.lr_token, last.optimizer.lr_other) == (1, 2e-3, 2e-3)
+    assert last.output.endswith("sweep/r2_s1")
+
+
+def test_each_run_is_run_once_and_results_are_those_of_runs(
+    sweep: Path, launched: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([str(sweep)]) == 0
+    assert launched == NAMES and "[4/4] r2_s1: validation loss" in capsys.readouterr().out
+    first = results(sweep)
+    assert [line["name"] for line in first] == NAMES
+    assert first[2]["labels"] == {"rate": "r2", "seed": "s0"} and first[0]["tokens"] == 1024
+    losses = [line["validation"]["loss"] for line in first]
+    assert len(set(losses)) == 4 and all(2 < loss < 7 for loss in losses)
+    (sweep.parent / "sweep" / "results.jsonl").unlink()
+    assert main([str(sweep)]) == 0
+    assert launched == NAMES and results(sweep) == first
+
+
+def test_listing_and_printing_run_nothing(sweep: Path, launched: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([str(sweep), "--list"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "parameters", "MFLOP", "/", "token", "tokens"]
+    assert [line.split()[0] for line in lines] == NAMES and not (sweep.parent / "sweep").exists()
+    assert main([str(sweep), "--print"]) == 0
+    output = sweep.parent / "sweep"
+    assert capsys.readouterr().out.splitlines() == [f"python -m train.pretrain {output / n}.yaml" for n in NAMES]
+    assert load_run_config(output / f"{NAMES[0]}.yaml").optimizer.lr_token == 1e-3 and launched == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis": {}}, "unknown key 'axis'; did you mean 'axes'"),
+        ({"axes": {}}, "axes is empty"),
+        ({"axes": {"rate": {}}}, "axes.rate must hold points"),
+        ({"axes": {"rate": [1, 2]}}, "axes.rate must hold points"),
+        ({"axes": {"rate": {0.1: {"seed": 1}}}}, "reads the label 0.1 as a float; put it in quotes"),
+        ({"axes": {"rate": {"fast": 1}}}, "axes.rate.fast is 1; give the keys"),
+        ({"axes": {"rate": {"a/b": {"seed": 1}}}}, "axes.rate: 'a/b' will be part of a file name"),
+        ({"axes": {"rate": {"fast": {"optimizer.lr_tokens": 1}}}}, "fast: .*lr_tokens.*did you mean"),
+        ({"axes": {"rate": {"fast": {"optimizer.lr_token": -1}}}}, "fast: .*lr_token.*above 0"),
+        ({"at_once": 0}, "at_once is 0, but must be at least 1"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml"),
+    ],
+)
+def test_what_is_no_sweep(changes: dict[str, Any], message: str, data: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(write_sweep(tmp_path, data, **changes))
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(tmp_path / "no.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,153 @@
+"""A sweep: one run for every combination of a few settings.
+
+    python -m train.sweep SWEEP.yaml            runs what is not finished, several at a time
+    python -m train.sweep SWEEP.yaml --list     the runs, and nothing else
+    python -m train.sweep SWEEP.yaml --print    writes the configurations and prints the commands, for a cluster
+
+SWEEP.yaml holds the fields of `SweepConfig`: a base run, and axes. A point of an axis is a label and the keys of the
+run that it sets; a run is one point of every axis, and its name their labels:
+
+    base: proxy.yaml
+    output: runs/mup/transfer
+    at_once: 4                                  # on each GPU, or on the CPU
+    axes:
+      size:
+        d256: {model.d_token: 256, model.token_heads: 4}
+        d512: {model.d_token: 512, model.token_heads: 8}
+      rate:
+        "1e-3": {optimizer.lr_token: 1.0e-3, optimizer.lr_other: 1.0e-3}
+        "2e-3": {optimizer.lr_token: 2.0e-3, optimizer.lr_other: 2.0e-3}
+
+    OUTPUT/NAME.*, OUTPUT/NAME/    a run (see train/runs.py)
+    OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, and its last validation
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from dlcm.flops import forward_flops, parameter_counts
+from train.config import ConfigError, build_model_config, load_run_config
+from train.runs import (
+    PlannedRun,
+    add_instead_of_running,
+    carry_out,
+    columns,
+    is_finished,
+    last_validation,
+    read_plan,
+    report_errors,
+)
+
+RESULTS = "results.jsonl"
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # what a file name can be made of
+
+
+@dataclass
+class SweepConfig:
+    """What SWEEP.yaml holds."""
+
+    base: str = MISSING  # YAML of a run, relative to this file; its output is not used
+    output: str = MISSING
+    axes: dict[str, Any] = MISSING  # axis: {label: {key of the run: value}}
+    at_once: int = 1  # runs at a time, on each GPU or on the CPU
+    processes: int = 1  # of one run, data-parallel, by torchrun
+
+
+@dataclass(frozen=True, slots=True)
+class SweptRun(PlannedRun):
+    """A run, and the label it has on each axis."""
+
+    labels: dict[str, str]
+
+
+def load_sweep(path: Path) -> tuple[SweepConfig, list[SweptRun]]:
+    """The sweep that a YAML file describes, and its runs, the last axis turning fastest.
+
+    Raises:
+        ConfigError: not readable, an unknown key, a wrong type, or a run that is no run.
+    """
+    sweep = read_plan(path, SweepConfig)
+    if not sweep.axes:
+        raise ConfigError(f"{path}: axes is empty; give at least one")
+    for axis, axis_points in sweep.axes.items():
+        _check_axis(f"{path}: axes.{axis}", axis_points)
+    base = path.parent / sweep.base
+    runs = []
+    for points in itertools.product(*(axis.items() for axis in sweep.axes.values())):
+        name = "_".join(label for label, _ in points)
+        settings = {key: value for _, values in points for key, value in values.items()}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        try:
+            run = load_run_config(base, [*overrides, f"output={json.dumps(str(Path(sweep.output) / name))}"])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {name}: {error}") from error
+        labels = dict(zip(sweep.axes, (label for label, _ in points), strict=True))
+        runs.append(SweptRun(name, run, sweep.processes, labels))
+    return sweep, runs
+
+
+def _check_axis(where: str, points: Any) -> None:
+    if not isinstance(points, dict) or not points:
+        raise ConfigError(f"{where} must hold points, `label: {{key: value}}`, at least one")
+    for label, settings in points.items():
+        if not isinstance(label, str):
+            raise ConfigError(f"{where}: YAML reads the label {label!r} as a {type(label).__name__}; put it in quotes")
+        if not LABEL.fullmatch(label):
+            raise ConfigError(f"{where}: {label!r} will be part of a file name; use letters and digits")
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{where}.{label} is {settings!r}; give the keys that it sets, `{{key: value}}`")
+
+
+def write_results(runs: Sequence[SweptRun], path: Path) -> None:
+    """Writes a line for each run that is finished, from what the runs themselves have recorded."""
+    lines = [
+        {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
+        for run in runs
+        if is_finished(run.run)
+    ]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def table(runs: Sequence[SweptRun]) -> str:
+    """The runs, one a line."""
+    rows = [("name", "parameters", "MFLOP / token", "tokens")]
+    for run in runs:
+        config = build_model_config(run.run)
+        flops = forward_flops(config, run.run.data.sequence_length).total
+        number = sum(parameter_counts(config).values())
+        rows.append((run.name, f"{number:,}", f"{flops / 1e6:,.3f}", f"{run.tokens:,}"))
+    return columns(rows)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train.sweep", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="a base run, and axes")
+    add_instead_of_running(parser)
+    return parser.parse_args(argv)
+
+
+@report_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 done, 2 an error, 128 + N stopped by signal N."""
+    arguments = parse_arguments(argv)
+    sweep, runs = load_sweep(arguments.sweep)
+    results = Path(sweep.output) / RESULTS
+    status = carry_out(runs, arguments, lambda: table(runs), sweep.at_once, lambda: write_results(runs, results))
+    if not (arguments.list or arguments.print):
+        write_results(runs, results)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
