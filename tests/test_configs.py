@@ -11,8 +11,9 @@ from dlcm.mup import role_of
 from train.config import build_model_config, load_run_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-# Those of configs/scaling are grids of runs, and held to what they say by tests/train/test_grid.py.
-RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem != "base" and path.parent.name != "scaling")
+# Grids and sweeps are held to what they say by tests/train/test_grid.py and tests/eval/test_mup.py.
+MANY = ("scaling", "mup")
+RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem != "base" and path.parent.name not in MANY)
 MODELS = {"dlcm": DLCMForCausalLM, "llama": LlamaBaselineForCausalLM}
 
 

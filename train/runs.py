@@ -28,6 +28,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from train.checkpoint import has_checkpoints
 from train.config import ConfigError, RunConfig, save_run_config
 from train.data import read_manifest
 from train.metrics import read_metrics
@@ -176,11 +177,17 @@ def write_configs(runs: Iterable[PlannedRun]) -> None:
 
 
 def is_finished(run: RunConfig) -> bool:
-    """Whether `train.pretrain` would leave the run alone. Where it would stop with an error, it is to say so."""
+    """Whether `train.pretrain` would leave the run alone, or its checkpoints were deleted after its last evaluation.
+
+    Where it would stop with an error, it is to say so.
+    """
+    run_dir, steps = Path(run.output), run.schedule.steps
     try:
         check_run_directory(run)
-        step = step_to_continue(Path(run.output))
-        return step >= run.schedule.steps and not lacks_evaluation(run, step)
+        if not has_checkpoints(run_dir):
+            return any(line["kind"] == "validation" and line["step"] == steps for line in read_metrics(run_dir))
+        step = step_to_continue(run_dir)
+        return step >= steps and not lacks_evaluation(run, step)
     except ERRORS:
         return False
 

@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class SweepConfig:
     axes: dict[str, Any] = MISSING  # axis: {label: {key of the run: value}}
     at_once: int = 1  # runs at a time, on each GPU or on the CPU
     processes: int = 1  # of one run, data-parallel, by torchrun
+    keep_checkpoints: bool = True  # of finished runs; many runs of large models fill a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +109,17 @@ def _check_axis(where: str, points: Any) -> None:
             raise ConfigError(f"{where}.{label} is {settings!r}; give the keys that it sets, `{{key: value}}`")
 
 
-def write_results(runs: Sequence[SweptRun], path: Path) -> None:
-    """Writes a line for each run that is finished, from what the runs themselves have recorded."""
+def write_results(runs: Sequence[SweptRun], path: Path) -> list[SweptRun]:
+    """Writes a line for each run that is finished, from what the runs themselves have recorded; returns these runs."""
+    finished = [run for run in runs if is_finished(run.run)]
     lines = [
         {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
-        for run in runs
-        if is_finished(run.run)
+        for run in finished
     ]
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     temporary.replace(path)
+    return finished
 
 
 def table(runs: Sequence[SweptRun]) -> str:
@@ -143,9 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     sweep, runs = load_sweep(arguments.sweep)
     results = Path(sweep.output) / RESULTS
-    status = carry_out(runs, arguments, lambda: table(runs), sweep.at_once, lambda: write_results(runs, results))
+
+    def keep_results() -> None:
+        finished = write_results(runs, results)
+        for run in finished if not sweep.keep_checkpoints else []:
+            shutil.rmtree(Path(run.run.output) / "checkpoints", ignore_errors=True)
+
+    status = carry_out(runs, arguments, lambda: table(runs), sweep.at_once, keep_results)
     if not (arguments.list or arguments.print):
-        write_results(runs, results)
+        keep_results()
     return status
 
 

@@ -65,6 +65,14 @@ def test_each_run_is_run_once_and_results_are_those_of_runs(
     assert launched == NAMES and results(sweep) == first
 
 
+def test_checkpoints_of_finished_runs_may_go(data: Path, tmp_path: Path, launched: list[str]):
+    sweep = write_sweep(tmp_path, data, keep_checkpoints=False)
+    assert main([str(sweep)]) == 0
+    assert len(results(sweep)) == 4 and not list(tmp_path.glob("sweep/*/checkpoints"))
+    assert main([str(sweep)]) == 0
+    assert launched == NAMES and len(results(sweep)) == 4
+
+
 def test_listing_and_printing_run_nothing(sweep: Path, launched: list[str], capsys: pytest.CaptureFixture[str]):
     assert main([str(sweep), "--list"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
