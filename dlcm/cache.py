@@ -122,8 +122,8 @@ class Stepping:
         cu_seqlens_D1 = torch.arange(len(past_B) + 1, dtype=torch.int32, device=past_B.device)
         return cls(
             PackedLayout(cu_seqlens_D1, past_B, row_B, 1),
-            torch.where(active_B, past_B, room.entries),
-            torch.where(active_B, past_B + 1, 0),
+            past_B.masked_fill(~active_B, room.entries),
+            (past_B + 1) * active_B,
         )
 
     def write(self, cache_BS: Tensor, x_B: Tensor, shift: int = 0) -> None:
@@ -428,10 +428,10 @@ class ConceptCache(DecodingCache):
 
     def read_slots(self, q_BHN: Tensor, active_B: Tensor) -> Tensor:
         """What a step's queries read from the slots, (B, H, N); every row that is active counts for its newest slot."""
-        newest_B = torch.where(active_B, self.concepts_B, self.slots.entries)
+        newest_B = self.concepts_B.masked_fill(~active_B, self.slots.entries)
         count_BS = self.slots["count"][0]
         count_BS.scatter_add_(1, newest_B[:, None], torch.ones_like(count_BS[:, :1]))
-        length_B = torch.where(active_B, self.concepts_B + 1, 0)
+        length_B = (self.concepts_B + 1) * active_B
         keys_BSKN, values_BSKN = self.slots["cross_keys"][0], self.slots["cross_values"][0]
         counted = count_BS if self.config.slot_weighting == "replication" else None
         return cached_attention(q_BHN, keys_BSKN, values_BSKN, length_B, counted)

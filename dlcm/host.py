@@ -7,7 +7,8 @@ from torch import Tensor
 class OnHost:
     """Numbers on their way to the host: the copy waits for the device, and nobody for the copy but who reads them.
 
-    To read is the one way to wait for the device in this project. Who first hands the device more work waits least.
+    In training, and in a step of decoding, to read is the one way to wait for the device. Who first hands it more work
+    waits least.
     """
 
     def __init__(self, numbers: Tensor):

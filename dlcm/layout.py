@@ -273,7 +273,8 @@ class ConceptLayout:
             room: what to lay concepts out in. None waits until the device has counted them, and takes what they need.
                 Room that is too small is safe, and useless: this is then the geometry of no boundaries, and not `fits`.
         """
-        ends_D = cls._segments(tokens, boundary_T, visibility)[tokens.cu_seqlens_D1[1:].long() - 1] + 1
+        segment_T = cls._segments(tokens, boundary_T, visibility)
+        ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
         counts_D = ends_D.diff(prepend=ends_D.new_zeros(1))
         counts = ConceptCounts(ends_D[-1], counts_D.max(), counts_D[-1])
         counted = OnHost(torch.stack(counts))
@@ -281,8 +282,8 @@ class ConceptLayout:
             room = ConceptCounts(*counted.read()).room(bucket)
         else:
             boundary_T = boundary_T & counts.fit(room)
+            segment_T = cls._segments(tokens, boundary_T, visibility)
 
-        segment_T = cls._segments(tokens, boundary_T, visibility)
         ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
         ends_D = torch.nn.functional.pad(ends_D[:-1], (0, 1), value=room.total)
         cu_concepts_D1 = torch.nn.functional.pad(ends_D, (1, 0))

@@ -276,7 +276,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         h_BE = self.encoder(self.embed_tokens(input_ids_B), where.layout, past)
         decided = self.detector(h_BE, where.layout, None, cache.last_state())
         where.write(cache.tokens["states"][0], h_BE)
-        decided = Boundaries(torch.where(active_B, decided.probability_T, 0), decided.boundary_T & active_B)
+        decided = Boundaries(decided.probability_T.masked_fill(~active_B, 0), decided.boundary_T & active_B)
 
         inclusive = self.config.visibility == "inclusive"
         if inclusive:
@@ -290,7 +290,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         return Read(active_B, h_BE, decided, closing_B, mean_BE.to(h_BE.dtype), cache.length_B - int(not inclusive))
 
     def _add_to_open(self, h_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
-        cache.open_sum_BE += torch.where(active_B[:, None], h_BE, 0)
+        cache.open_sum_BE += h_BE.masked_fill(~active_B[:, None], 0)
         cache.open_count_B += active_B
 
     def reason(self, read: Read, cache: ConceptCache) -> None:

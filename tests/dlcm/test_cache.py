@@ -504,6 +504,8 @@ class TracedSteps(StepGraphs):
         result = function(*arguments)
         leaves: list[Tensor] = _tensors(result)
         traced = make_fx(lambda: _tensors(function(*arguments)), tracing_mode="real")()
+        between_devices = {"aten.lift_fresh_copy.default", "aten._local_scalar_dense.default"}
+        assert not between_devices & {str(node.target) for node in traced.graph.nodes}, "such copies are not captured"
 
         def replay() -> None:
             for leaf, new in zip(leaves, traced(), strict=True):
