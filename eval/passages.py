@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,8 +25,8 @@ class Passage:
     text: str
 
 
-def held_out_passages(loaded: LoadedCheckpoint) -> list[Passage]:
-    """The beginning of the first validation document of each domain in `DOMAINS`; says on stderr where there is none.
+def held_out_passages(loaded: LoadedCheckpoint, domains: Mapping[str, str] = DOMAINS) -> list[Passage]:
+    """The beginning of the first validation document of each domain; says on stderr where there is none.
 
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
@@ -44,7 +45,7 @@ def held_out_passages(loaded: LoadedCheckpoint) -> list[Passage]:
 
     first_of = {document["domain"]: index for index, document in reversed(list(enumerate(documents)))}
     passages = []
-    for domain, name in DOMAINS.items():
+    for domain, name in domains.items():
         if domain not in first_of:
             print(f"warning: {shards.path}: no {name} document in the validation split", file=sys.stderr)
             continue

@@ -5,19 +5,23 @@
     cat README.md | python -m eval.segmentation CHECKPOINT
 
 Boundaries are those of inference: thresholded, never sampled. Concepts alternate between two colours on a
-terminal, and are separated by `|` elsewhere or with --plain.
+terminal, and are separated by `|` elsewhere or with --plain; --tokens adds a line about each token. `eval.viewer` shows
+the same on a page.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
-from dlcm import DLCMForCausalLM
+from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from eval.loading import EvaluationError, encode_document, load_checkpoint, report_errors, visible
 
 BACKGROUNDS = ("\x1b[30;48;5;153m", "\x1b[30;48;5;223m")  # black on light blue, black on light orange
@@ -45,9 +49,36 @@ class Segmentation:
         return self.num_tokens / self.num_concepts
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text as a model reads it, token by token.
+
+    Attributes:
+        tokens: strings that concatenate to the text, empty for the document's opening token. A character whose bytes
+            fall into several tokens stays whole, in the first of them, and leaves the others empty.
+        losses: nats that each token cost; None for the first, which nothing predicts.
+        probabilities, boundaries, concepts: p_t, b_t, and the index of each token's concept; None without concepts.
+    """
+
+    tokens: list[str]
+    losses: list[float | None]
+    probabilities: list[float] | None = None
+    boundaries: list[bool] | None = None
+    concepts: list[int] | None = None
+
+
 def segment(model: DLCMForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> Segmentation:
     """Cuts a text, read as the beginning of a document, where the model in eval mode sees boundaries.
+
+    Raises:
+        EvaluationError: the text is empty, or longer than the model's positions.
+    """
+    return cut(read(model, tokenizer, text))
+
+
+@torch.no_grad()
+def read(model: DLCMForCausalLM | LlamaBaselineForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> Reading:
+    """What the model in eval mode makes of a text, read as the beginning of a document.
 
     Raises:
         EvaluationError: the text is empty, or longer than the model's positions.
@@ -59,12 +90,28 @@ def segment(model: DLCMForCausalLM, tokenizer: PreTrainedTokenizerFast, text: st
             f"the text has {num_tokens} tokens, the model only {positions} positions (max_position_embeddings); "
             "shorten it"
         )
-    output = model(input_ids=document.input_ids_1T.to(model.device))
-    last_M = (output.concept_lengths.cumsum(0) - 1).tolist()
-    cuts = [document.end_T[last] for last in last_M]
-    cuts[-1] = len(text)  # some tokenizers drop trailing white space
-    pieces = [text[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
-    return Segmentation([piece for piece in pieces if piece], num_tokens, len(cuts))
+    input_ids_1T = document.input_ids_1T.to(model.device)
+    output = model(input_ids=input_ids_1T)
+    losses = F.cross_entropy(output.logits[0, :-1], input_ids_1T[0, 1:], reduction="none").tolist()
+    end_T = [*document.end_T[:-1], len(text)]  # some tokenizers drop trailing white space
+    tokens = [text[start:end] for start, end in zip([0, *end_T], end_T, strict=False)]
+    if isinstance(model, LlamaBaselineForCausalLM):
+        return Reading(tokens, [None, *losses])
+    return Reading(
+        tokens,
+        [None, *losses],
+        output.boundary_probs[0].tolist(),
+        output.boundaries[0].tolist(),
+        torch.arange(len(output.concept_lengths)).repeat_interleave(output.concept_lengths.cpu()).tolist(),
+    )
+
+
+def cut(reading: Reading) -> Segmentation:
+    """The concepts of a text that a DLCM read."""
+    assert reading.concepts is not None
+    concepts = groupby(zip(reading.concepts, reading.tokens, strict=True), key=lambda pair: pair[0])
+    pieces = ["".join(token for _, token in pairs) for _, pairs in concepts]
+    return Segmentation([piece for piece in pieces if piece], len(reading.tokens), len(pieces))
 
 
 def render(pieces: Sequence[str], colour: bool) -> str:
@@ -85,6 +132,18 @@ def summary(segmentation: Segmentation) -> str:
         f"{segmentation.num_tokens} tokens in {segmentation.num_concepts} concepts: "
         f"{segmentation.tokens_per_concept:.2f} tokens per concept"
     )
+
+
+def table(reading: Reading) -> str:
+    """A line a token: boundary probability, `|` at a boundary, loss in nats, the token in quotes."""
+    assert reading.probabilities is not None and reading.boundaries is not None
+    lines = ["boundary    nats  token"]
+    for token, loss, probability, boundary in zip(
+        reading.tokens, reading.losses, reading.probabilities, reading.boundaries, strict=True
+    ):
+        mark, cost = "|" if boundary else " ", "-" if loss is None else f"{loss:.3f}"
+        lines.append(f"{probability:6.3f} {mark}{cost:>8}  {json.dumps(visible(token), ensure_ascii=False)}")
+    return "\n".join(lines)
 
 
 def load_dlcm(path: Path) -> tuple[DLCMForCausalLM, PreTrainedTokenizerFast]:
@@ -109,17 +168,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", help="the text itself")
     source.add_argument("--file", type=Path, help="a UTF-8 file with the text; standard input if neither is given")
+    parser.add_argument("--tokens", action="store_true", help="also print each token's boundary probability and loss")
     parser.add_argument("--plain", action="store_true", help="separate concepts by '|' on a terminal, too")
     options = parser.parse_args(arguments)
 
-    text = options.text if options.text is not None else _read(options.file)
+    text = options.text if options.text is not None else read_text(options.file)
     model, tokenizer = load_dlcm(options.checkpoint)
-    segmentation = segment(model, tokenizer, text)
+    reading = read(model, tokenizer, text)
+    segmentation = cut(reading)
     print(render(segmentation.pieces, colour=sys.stdout.isatty() and not options.plain))
+    if options.tokens:
+        print(table(reading))
     print(summary(segmentation))
 
 
-def _read(file: Path | None) -> str:
+def read_text(file: Path | None) -> str:
+    """A UTF-8 file, or standard input.
+
+    Raises:
+        EvaluationError: it is not UTF-8.
+    """
     content = sys.stdin.buffer.read() if file is None else file.read_bytes()
     try:
         return content.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Texts cut into concepts: cuts where the model sees boundaries, no character lost or torn, errors in one line."""
+"""Texts read token by token and cut into concepts: the model's numbers, no character lost, errors in one line."""
 
 import io
 import sys
@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMForCausalLM
 from eval.loading import EvaluationError
-from eval.segmentation import BACKGROUNDS, RESET, main, render, segment
-from tests.conftest import tiny_dlcm
+from eval.segmentation import BACKGROUNDS, RESET, Reading, cut, main, read, render, segment, table
+from tests.conftest import tiny_baseline, tiny_dlcm
 from tests.eval.conftest import Trained
 from train.tokenizer import byte_tokenizer, train_bpe
 
@@ -73,6 +73,48 @@ def test_a_character_of_several_bytes_stays_with_its_first() -> None:
     assert found.tokens_per_concept == pytest.approx(7 / 3)
 
 
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_numbers_are_the_models_own(visibility: str) -> None:
+    model, text = model_for(BYTES, visibility=visibility), "The quick brown fox"
+    ids = torch.tensor([[BYTES.bos_token_id, *text.encode()]])
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids)
+    reading = read(model, BYTES, text)
+    assert reading.tokens == ["", *text]
+    assert reading.losses[0] is None
+    chance_TV = output.logits[0].softmax(-1)
+    for token, loss in enumerate(reading.losses[1:], 1):
+        assert loss == pytest.approx(-chance_TV[token - 1, ids[0, token]].log().item(), abs=1e-5)
+    assert sum(reading.losses[1:]) / len(text) == pytest.approx(output.ce_loss.item(), abs=1e-5)
+    assert reading.probabilities == output.boundary_probs[0].tolist()
+    assert reading.boundaries == output.boundaries[0].tolist()
+    assert [reading.concepts.count(concept) for concept in range(max(reading.concepts) + 1)] == (
+        output.concept_lengths.tolist()
+    )
+
+
+def test_a_baseline_reads_without_concepts() -> None:
+    reading = read(tiny_baseline(vocab_size=len(BYTES), max_position_embeddings=128), BYTES, "a中")
+    assert reading.tokens == ["", "a", "中", "", ""]
+    assert len(reading.losses) == 5
+    assert reading.probabilities is reading.boundaries is reading.concepts is None
+
+
+def test_one_token_costs_nothing() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    assert read(model_for(tokenizer), tokenizer, "a").losses == [None]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=st.text(min_size=1, max_size=30))
+@settings(max_examples=30)
+def test_tokens_concatenate_to_the_text(name: str, text: str) -> None:
+    reading = read(model_for(TOKENIZERS[name]), TOKENIZERS[name], text)
+    assert "".join(reading.tokens) == text
+    assert "".join(cut(reading).pieces) == text
+
+
 def test_text_that_spells_a_special_token_is_text() -> None:
     found = segment(model_for(BYTES, segmenter="fixed"), BYTES, "<|eos|>")
     assert (found.num_tokens, "".join(found.pieces)) == (8, "<|eos|>")
@@ -87,7 +129,9 @@ def test_white_space_that_the_tokenizer_drops_is_kept() -> None:
     )
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "empty"), ("\udce9", "not valid UTF-8"), ("x" * 128, "129 tokens.*128 positions")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "empty"), ("\udce9", "not valid UTF-8"), ("x" * 128, "129 tokens.*128 positions")]
+)
 def test_impossible_texts(text: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         segment(model_for(BYTES), BYTES, text)
@@ -98,6 +142,16 @@ def test_rendering() -> None:
     assert render(pieces, colour=False) == "one| two⏎\n|⏎\n|␛[2J"
     first, second = BACKGROUNDS
     assert render(["a", "b\nc"], colour=True) == f"{first}a{RESET}{second}b⏎{RESET}\n{second}c{RESET}"
+
+
+def test_table() -> None:
+    reading = Reading(["", "a\n", '"'], [None, 1.5, 12.25], [1.0, 0.25, 0.5], [True, False, True], [0, 0, 1])
+    assert table(reading).splitlines() == [
+        "boundary    nats  token",
+        ' 1.000 |       -  ""',
+        ' 0.250     1.500  "a\\n"',
+        ' 0.500 |  12.250  "\\""',
+    ]
 
 
 def test_command_reads_text_file_and_standard_input(
@@ -124,6 +178,14 @@ def test_colours_on_a_terminal_unless_plain(
     assert BACKGROUNDS[0] in capsys.readouterr().out
     assert main([str(trained.dlcm), "--text", "some text", "--plain"]) == 0
     assert BACKGROUNDS[0] not in capsys.readouterr().out
+
+
+def test_tokens_are_told_between_text_and_summary(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trained.dlcm), "--text", "雲 x", "--tokens"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].replace("|", "") == "雲 x"
+    assert [line.split()[-1] for line in lines[2:-1]] == ['""', '"雲"', '""', '""', '"', '"x"']
+    assert "tokens per concept" in lines[-1]
 
 
 def test_bad_input_is_one_line(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
