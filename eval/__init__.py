@@ -1,6 +1,9 @@
 """Evaluation scripts, one per question, run from a checkout as `python -m eval.NAME`.
 
 compare       how do a DLCM and its baseline compare?
-segmentation  where does a DLCM cut a text into concepts?
 generate      what does a model say?
+segmentation  where does a DLCM cut a text into concepts? (viewer: on a page)
+perplexity    how well does it predict text?
+questions     how well does it answer? (benchmarks: by lm-eval)
+flops         what does it cost?
 """
