@@ -51,19 +51,20 @@ def sharpen(probability_T: Tensor, sharpening: float) -> Tensor:
     return torch.sigmoid(sharpening * torch.logit(probability_T))
 
 
-class LearnedDetector(nn.Module):
-    """Eq. 5-6. Sampling needs no state of its own: draws come from the generator that `forward` is given."""
+class CosineDetector(nn.Module):
+    """Scores neighbouring tokens by their distance, then decides; by a threshold, unless a subclass knows better."""
 
     def __init__(self, config: DLCMConfig):
         super().__init__()
-        self.q_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
-        self.k_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
         self.threshold = config.threshold
-        self.sharpening = config.sharpening
 
     def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
         """p_t; a document's tokens may have others before them, of which `past_DE` is the last one's state."""
-        return cosine_boundary_probability(self.q_proj(tokens.previous(h_TE, past_DE)), self.k_proj(h_TE), tokens)
+        raise NotImplementedError
+
+    def decide(self, probability_T: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Tensor:
+        """b_t."""
+        return probability_T >= self.threshold
 
     def forward(
         self,
@@ -73,33 +74,35 @@ class LearnedDetector(nn.Module):
         past_DE: Tensor | None = None,
     ) -> Boundaries:
         probability_T = self.score(h_TE, tokens, past_DE)
-        if not self.training:
-            return Boundaries(probability_T, probability_T >= self.threshold)
-        with torch.no_grad():
-            device = h_TE.device if generator is None else generator.device
-            uniform_T = torch.rand(tokens.total, generator=generator, device=device).to(h_TE.device)
-            return Boundaries(probability_T, uniform_T < sharpen(probability_T, self.sharpening))
+        return Boundaries(probability_T, self.decide(probability_T, tokens, generator))
 
 
-class RuleDetector(nn.Module):
-    """Section 8.1: distance of neighbouring encoder states against a threshold, no projection, no sampling."""
+class LearnedDetector(CosineDetector):
+    """Eq. 5-6. Sampling needs no state of its own: draws come from the generator that `forward` is given."""
 
     def __init__(self, config: DLCMConfig):
-        super().__init__()
-        self.threshold = config.threshold
+        super().__init__(config)
+        self.q_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
+        self.k_proj = nn.Linear(config.d_token, config.scan_width, bias=False)
+        self.sharpening = config.sharpening
+
+    def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
+        return cosine_boundary_probability(self.q_proj(tokens.previous(h_TE, past_DE)), self.k_proj(h_TE), tokens)
+
+    @torch.no_grad()
+    def decide(self, probability_T: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Tensor:
+        if not self.training:
+            return super().decide(probability_T, tokens, generator)
+        device = probability_T.device if generator is None else generator.device
+        uniform_T = torch.rand(tokens.total, generator=generator, device=device).to(probability_T.device)
+        return uniform_T < sharpen(probability_T, self.sharpening)
+
+
+class RuleDetector(CosineDetector):
+    """Section 8.1: distance of neighbouring encoder states against a threshold, no projection, no sampling."""
 
     def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
         return cosine_boundary_probability(tokens.previous(h_TE, past_DE), h_TE, tokens)
-
-    def forward(
-        self,
-        h_TE: Tensor,
-        tokens: PackedLayout,
-        generator: torch.Generator | None = None,
-        past_DE: Tensor | None = None,
-    ) -> Boundaries:
-        probability_T = self.score(h_TE, tokens, past_DE)
-        return Boundaries(probability_T, probability_T >= self.threshold)
 
 
 class FixedDetector(nn.Module):

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from dlcm import DLCMConfig, DLCMForCausalLM
 from dlcm.attention import resolve_backend
 from dlcm.blocks import token_block_shape
-from dlcm.boundary import Boundaries, FixedDetector, LearnedDetector
+from dlcm.boundary import FixedDetector, LearnedDetector
 from dlcm.cache import ConceptCache, DecodingCache, Room
 from dlcm.compilation import compile_blocks_
 from dlcm.flops import HALF, Config, cache_bytes_per_token, decode_bytes, parameter_counts, prefill_flops
@@ -113,16 +113,9 @@ class TableDetector(LearnedDetector):
         super().__init__(config)
         self.register_buffer("boundary_BP", boundary_BP, persistent=False)
 
-    def forward(
-        self,
-        h_TE: Tensor,
-        tokens: PackedLayout,
-        generator: torch.Generator | None = None,
-        past_DE: Tensor | None = None,
-    ) -> Boundaries:
+    def decide(self, probability_T: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Tensor:
         """All rows are to have new tokens: a document's number is then its row."""
-        probability_T = self.score(h_TE, tokens, past_DE)
-        return Boundaries(probability_T, self.boundary_BP[tokens.document_T, tokens.position_T])
+        return self.boundary_BP[tokens.document_T, tokens.position_T]
 
 
 def draw_boundaries(rows: int, positions: int, ratio: float, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.attention import resolve_backend
 from dlcm.blocks import TransformerStack, recompute_blocks_, token_block_shape
-from dlcm.boundary import Boundaries, LearnedDetector
+from dlcm.boundary import LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
 from dlcm.layout import PackedLayout
@@ -95,16 +95,9 @@ class RatioDetector(LearnedDetector):
         super().__init__(config)
         self.ratio = config.target_ratio
 
-    def forward(
-        self,
-        h_TE: Tensor,
-        tokens: PackedLayout,
-        generator: torch.Generator | None = None,
-        past_DE: Tensor | None = None,
-    ) -> Boundaries:
-        probability_T = self.score(h_TE, tokens, past_DE)
-        uniform_T = torch.rand(tokens.total, generator=generator, device=h_TE.device)
-        return Boundaries(probability_T, (uniform_T < 1 / self.ratio) | tokens.is_first_T)
+    def decide(self, probability_T: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Tensor:
+        uniform_T = torch.rand(tokens.total, generator=generator, device=probability_T.device)
+        return (uniform_T < 1 / self.ratio) | tokens.is_first_T
 
 
 class StageClock:

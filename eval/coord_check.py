@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlcm import DLCMConfig, DLCMForCausalLM
-from dlcm.boundary import Boundaries, LearnedDetector
+from dlcm.boundary import LearnedDetector
 from dlcm.layout import PackedLayout
 from dlcm.mup import parameter_groups
 from eval.bench import (
@@ -76,14 +76,8 @@ STAGES: dict[str, tuple[str, bool]] = {
 class StrideDetector(LearnedDetector):
     """Learned probabilities, but boundaries that do not depend on width."""
 
-    def forward(
-        self,
-        h_TE: Tensor,
-        tokens: PackedLayout,
-        generator: torch.Generator | None = None,
-        past_DE: Tensor | None = None,
-    ) -> Boundaries:
-        return Boundaries(self.score(h_TE, tokens, past_DE), tokens.position_T % STRIDE == 0)
+    def decide(self, probability_T: Tensor, tokens: PackedLayout, generator: torch.Generator | None) -> Tensor:
+        return tokens.position_T % STRIDE == 0
 
 
 def model_of(d_token: int, d_concept: int, base: int | None) -> DLCMForCausalLM:
