@@ -61,9 +61,9 @@ from eval.accounting import CONFIGS, build
 from eval.bench import Row, bars_table, merge_records, one_line, record, write_csv, write_json
 from eval.bench_decode_report import MODELS, PAIRS, merge_rows, must_show, page, plot, summary
 from eval.bench_training import released_memory, tell
+from eval.held_out import held_out
 from eval.loading import EvaluationError, LoadedCheckpoint, encode_document, load_checkpoint, report_errors
 from train.config import build_model_config, load_run_config
-from train.data import DataError, TokenShards
 from train.step import Model
 from train.utilisation import datasheet_peak, utilisation
 
@@ -558,11 +558,7 @@ def read_text(loaded: LoadedCheckpoint, file: Path | None) -> Tensor:
             return encode_document(loaded.tokenizer, file.read_text(encoding="utf-8")).input_ids_1T[0]
         except UnicodeDecodeError as error:
             raise EvaluationError(f"{file} is not UTF-8 at byte {error.start}; convert it") from error
-    shards = TokenShards(loaded.run.data.path, "validation", verify=False)
-    if shards.fingerprint != loaded.state.data_fingerprint:
-        raise DataError(
-            f"{shards.path}: no longer the data that {loaded.path} was trained on; restore it, or give --text FILE"
-        )
+    shards = held_out(loaded.run, loaded.state, "--text").shards
     return torch.from_numpy(shards.window(0, min(shards.num_tokens, MOST_TEXT))[0])
 
 

@@ -4,14 +4,13 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from eval.held_out import held_out
 from eval.loading import EvaluationError, LoadedCheckpoint, decode, encode_document
-from train.data import DataError, TokenShards
 
 DOMAINS = {"en": "English", "code": "code", "zh": "Chinese"}  # label in the data, name in words
 CHARACTERS = 300
@@ -31,26 +30,15 @@ def held_out_passages(loaded: LoadedCheckpoint, domains: Mapping[str, str] = DOM
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
     """
-    shards = TokenShards(loaded.run.data.path, "validation", verify=False)
-    if shards.fingerprint != loaded.state.data_fingerprint:
-        raise DataError(
-            f"{shards.path}: no longer the data that {loaded.path} was trained on, which may have included this "
-            "validation split; restore it, or give --passages FILE"
-        )
-    listing = shards.path / "validation" / "documents.jsonl"
-    documents = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-    starts = [0, *accumulate(document["tokens"] for document in documents)]
-    if starts[-1] != shards.num_tokens:
-        raise DataError(f"{listing}: does not describe the shards beside it; delete {shards.path} and prepare it anew")
-
-    first_of = {document["domain"]: index for index, document in reversed(list(enumerate(documents)))}
+    of_run = held_out(loaded.run, loaded.state, "--passages")
+    first_of = {row["domain"]: index for index, row in reversed(list(enumerate(of_run.rows)))}
     passages = []
     for domain, name in domains.items():
         if domain not in first_of:
-            print(f"warning: {shards.path}: no {name} document in the validation split", file=sys.stderr)
+            print(f"warning: {of_run.shards.path}: no {name} document in the validation split", file=sys.stderr)
             continue
         index = first_of[domain]
-        ids_T, _ = shards.window(starts[index], documents[index]["tokens"])
+        ids_T, _ = of_run.shards.window(of_run.starts[index], of_run.rows[index]["tokens"])
         text = decode(loaded.tokenizer, torch.from_numpy(ids_T))
         positions = loaded.model.config.max_position_embeddings
         passages.append(Passage(domain, excerpt(text, loaded.tokenizer, positions)))

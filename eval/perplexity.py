@@ -17,21 +17,20 @@ Writes OUTPUT/perplexity.json and .md, and prints the latter.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from eval.bench import Row, markdown_table
+from eval.held_out import held_out
 from eval.loading import EvaluationError, LoadedCheckpoint, decode, load_checkpoint, report_errors
 from eval.report import labels_of, publish, with_error, with_interval
 from eval.scoring import BATCH_TOKENS, DTYPES, Score, Scorer
 from eval.uncertainty import Ratio, paired_difference
-from train.data import DataError, TokenShards
+from train.data import DataError
 from train.documents import BadDocuments, Document, open_sources, read_documents
 from train.metrics import bits_per_byte
 
@@ -70,25 +69,15 @@ def validation_documents(loaded: LoadedCheckpoint) -> Iterator[Document]:
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
     """
-    shards = TokenShards(loaded.run.data.path, "validation", verify=False)
-    if shards.fingerprint != loaded.state.data_fingerprint:
-        raise DataError(
-            f"{shards.path}: no longer the data that {loaded.path} was trained on, which may have included this "
-            "validation split; restore it, or give --text FILE"
-        )
-    listing = shards.path / "validation" / "documents.jsonl"
-    rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-    starts = [0, *accumulate(row["tokens"] for row in rows)]
-    if starts[-1] != shards.num_tokens:
-        raise DataError(f"{listing}: does not describe the shards beside it; delete {shards.path} and prepare it anew")
-    for number, (start, row) in enumerate(zip(starts, rows, strict=False), 1):
-        text = decode(loaded.tokenizer, torch.from_numpy(shards.window(start, row["tokens"])[0]))
+    of_run = held_out(loaded.run, loaded.state, "--text")
+    for number, (start, row) in enumerate(zip(of_run.starts, of_run.rows, strict=False), 1):
+        text = decode(loaded.tokenizer, torch.from_numpy(of_run.shards.window(start, row["tokens"])[0]))
         if len(text.encode()) != row["bytes"]:
             raise DataError(
-                f"{listing}, line {number}: tokens do not give back the document, since the tokenizer alters text; "
-                "give --text FILE"
+                f"{of_run.listing}, line {number}: tokens do not give back the document, since the tokenizer alters "
+                "text; give --text FILE"
             )
-        yield Document(text, f"{listing}: line {number}", row["source"], row["domain"])
+        yield Document(text, f"{of_run.listing}: line {number}", row["source"], row["domain"])
 
 
 @dataclass(frozen=True, slots=True)
