@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,27 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
-from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
+from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
+from dlcm.flops import parameter_counts
+from train.checkpoint import (
+    ANOTHER,
+    CheckpointError,
+    TrainingState,
+    check_shapes,
+    latest_checkpoint,
+    load_model_config,
+    load_state,
+    tensor_shapes,
+    verify_checkpoint,
+)
 from train.config import ConfigError, RunConfig, load_run_config
 from train.data import DataError
 from train.metrics import MetricsError
-from train.tokenizer import TokenizerError, load_tokenizer
+from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash
 
 # A terminal would obey control characters, which models trained on bytes do utter: they are shown as pictures.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
@@ -61,20 +74,38 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
 
     Raises:
         CheckpointError: there is none, or the one given is damaged.
+        ConfigError, TokenizerError: its configuration or tokenizer cannot be read.
     """
     directory = checkpoint_directory(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        use_safetensors=True,  # never unpickle
-        attention_backend="auto",  # the run's own choice may need half precision, which evaluation does not use
-    )
-    return LoadedCheckpoint(
-        path=directory,
-        model=model.eval().to("cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer=load_tokenizer(str(directory)),
-        run=load_run_config(directory / "run.yaml"),
-        state=load_state(directory),
-    )
+    run, state = load_run_config(directory / "run.yaml", resolved=True), load_state(directory)
+    model, tokenizer = load_model(directory), load_tokenizer(str(directory))
+    if tokenizer_hash(tokenizer) != state.tokenizer_hash or any(
+        getattr(model.config, name) not in (None, getattr(tokenizer, name)) for name in ("bos_token_id", "eos_token_id")
+    ):
+        raise CheckpointError(f"{directory}: its tokenizer is not the one it was trained with; {ANOTHER}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LoadedCheckpoint(directory, model.eval().to(device), tokenizer, run, state)
+
+
+def load_model(directory: Path) -> DLCMForCausalLM | LlamaBaselineForCausalLM:
+    """The model of a verified checkpoint. Unlike transformers' loader, it opens nothing but these two files.
+
+    Raises:
+        CheckpointError: they do not fit together.
+    """
+    # The run's own choice of backend may need half precision, which evaluation does not use.
+    config, weights = load_model_config(directory, attention_backend="auto"), directory / "model.safetensors"
+    described = sum(parameter_counts(config).values())
+    held = sum(math.prod(shape) for shape in tensor_shapes(weights).values())
+    if described != held:  # asked before anything of the described size is built
+        raise CheckpointError(
+            f"{directory}: config.json is of {described:,} parameters, model.safetensors of {held:,}; {ANOTHER}"
+        )
+    with torch.device("meta"):
+        model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
+    check_shapes(weights, model.state_dict())
+    model.load_state_dict(load_file(weights), assign=True)
+    return model
 
 
 def checkpoint_directory(path: Path) -> Path:
@@ -83,7 +114,10 @@ def checkpoint_directory(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such directory; give a run directory or a checkpoint")
     if (path / "checkpoints").is_dir():
         return latest_checkpoint(path)
-    verify_checkpoint(path)
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {ANOTHER}") from error
     return path
 
 

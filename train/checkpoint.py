@@ -13,27 +13,31 @@ There is no random state to save, since every draw of a run is a function of its
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from train.config import RunConfig, save_run_config
+from dlcm import DLCMConfig, LlamaBaselineConfig
+from train.config import MODEL_CONFIGS, RunConfig, save_run_config
 from train.data import file_sha256
 
 # What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
 REQUIRED_FILES = ("model.safetensors", "config.json", "run.yaml", "optimizer.safetensors", "state.json")
+ANOTHER = "use another checkpoint, or copy this one again"  # what helps where one is damaged
 
 
 class CheckpointError(RuntimeError):
@@ -74,7 +78,10 @@ def save_checkpoint(
         _discard(partial)
         partial.mkdir()
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        try:
+            tokenizer.save_pretrained(partial)
+        except Exception as error:  # where the disk refuses, the tokenizers package raises just that
+            raise OSError(str(error)) from error
         save_run_config(run, partial / "run.yaml")
         save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         _write_json(partial / "state.json", dataclasses.asdict(state) | _environment())
@@ -112,7 +119,9 @@ def latest_checkpoint(run_dir: Path) -> Path:
         for reason in refused:
             print(f"warning: {reason}; using {directory.name} instead", file=sys.stderr)
         return directory
-    raise CheckpointError("; ".join(refused) or f"{run_dir}: no checkpoint here; start the run with its config file")
+    if not refused:
+        raise CheckpointError(f"{run_dir}: no checkpoint here; start the run with its config file")
+    raise CheckpointError(f"{'; '.join(refused)}; copy one of them again, or start the run with another output")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -139,15 +148,17 @@ def verify_checkpoint(directory: Path) -> None:
     """Raises CheckpointError unless `directory` is a complete checkpoint, every file as it was written."""
     if not (directory / "checksums.json").is_file():
         raise CheckpointError(f"{directory}: is half-written or no checkpoint (no checksums.json)")
+    _check_inside(directory, "checksums.json")
     checksums = _read_json(directory / "checksums.json")
     for name in REQUIRED_FILES:
         if name not in checksums:
             raise CheckpointError(f"{directory}: checksums.json lacks {name}, so it was edited or damaged")
     for name, checksum in checksums.items():
-        if Path(name).name != name:
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > 255:
             raise CheckpointError(f"{directory}: checksums.json names {name!r}, which is no plain file name")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: {name} is missing")
+        _check_inside(directory, name)
         if file_sha256(directory / name) != checksum:
             raise CheckpointError(f"{directory}: {name} is corrupt (its sha256 is not the recorded one)")
 
@@ -156,22 +167,76 @@ def load_state(directory: Path) -> TrainingState:
     """How far the run was at this checkpoint.
 
     Raises:
-        CheckpointError: state.json cannot be read, or lacks an entry; names it.
+        CheckpointError: state.json cannot be read, lacks an entry, or has one that cannot be; names it.
     """
     content = _read_json(directory / "state.json")
+    for entry in dataclasses.fields(TrainingState):
+        if entry.name not in content:
+            raise CheckpointError(f"{directory}: state.json lacks {entry.name!r}; it is of another version of dlcm")
+        value = content[entry.name]
+        if type(value) is not entry.type or (entry.type is not str and not 0 <= value < math.inf):
+            raise CheckpointError(f"{directory}: state.json says {entry.name} is {value!r:.80}; {ANOTHER}")
+    state = TrainingState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainingState)})
+    if directory.name.startswith("step_") and directory.name != checkpoint_path(directory, state.step).name:
+        raise CheckpointError(f"{directory}: state.json is of step {state.step}; {ANOTHER}")
+    return state
+
+
+def load_model_config(directory: Path, **overrides: Any) -> DLCMConfig | LlamaBaselineConfig:
+    """The model config of a checkpoint. Only ours, and by its fields alone: none of them names code or other files.
+
+    Raises:
+        CheckpointError: config.json cannot be read, or is of another model.
+    """
+    content = _read_json(directory / "config.json") | overrides
+    model_type = content.get("model_type")
+    for config_class in MODEL_CONFIGS.values():
+        if config_class.model_type == model_type:
+            try:
+                # Training keeps weights in fp32, whatever `dtype` says.
+                return config_class.from_dict({key: value for key, value in content.items() if key != "dtype"})
+            except Exception as error:  # transformers checks what it reads as it goes, with errors of any kind
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise CheckpointError(f"{directory}: config.json is no model config ({reason}); {ANOTHER}") from error
+    known = ", ".join(config_class.model_type for config_class in MODEL_CONFIGS.values())
+    raise CheckpointError(f"{directory}: config.json is of a {model_type!r:.80} model, none of {known}; {ANOTHER}")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file of fp32, by its header alone.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     try:
-        return TrainingState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainingState)})
-    except KeyError as error:
-        raise CheckpointError(f"{directory}: state.json lacks {error}; it is of another version of dlcm") from error
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            other = next((name for name, one in slices.items() if one.get_dtype() != "F32"), None)
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no safetensors ({error}); {ANOTHER}") from error
+    if other is not None:
+        raise CheckpointError(f"{path}: {other} is not in fp32; {ANOTHER}")
+    return shapes
+
+
+def check_shapes(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless a safetensors file holds just these names and shapes, in fp32."""
+    shapes = tensor_shapes(path)
+    for name in sorted(expected.keys() | shapes.keys()):
+        found, wanted = shapes.get(name), tuple(expected[name].shape) if name in expected else None
+        if found != wanted:
+            raise CheckpointError(f"{path}: {name} has shape {found}, the model's {wanted} (None: absent); {ANOTHER}")
 
 
 def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Loads parameters and optimizer state into `model` and `optimizer`, and returns the state.
 
     Raises:
-        CheckpointError: the checkpoint is of a model with another config; names the keys.
+        CheckpointError: the checkpoint is of a model with another config, or its tensors do not fit; names them.
     """
     _check_same_config(directory, model.config)
+    check_shapes(directory / "model.safetensors", model.state_dict())
     load_model(model, directory / "model.safetensors", device=str(model.device))
     _load_optimizer(directory / "optimizer.safetensors", model, optimizer)
     return load_state(directory)
@@ -191,16 +256,21 @@ def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {name: index for index, name in enumerate(ordered)}
     state: dict[int, dict[str, Tensor]] = {}
+    tensor_shapes(path)  # or it is no such file
     for key, value in load_file(path).items():
         kind, _, name = key.partition(".")
         if name not in index_of:
-            raise CheckpointError(f"{path}: holds state of {name!r}, which this model has not")
+            raise CheckpointError(f"{path}: holds state of {name!r}, which this model has not; {ANOTHER}")
         state.setdefault(index_of[name], {})[kind] = value
+    for parameter, name in names.items():
+        found = {kind: value.shape for kind, value in state.get(index_of[name], {}).items()}
+        if found != {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}:
+            raise CheckpointError(f"{path}: the state of {name!r} is missing or does not fit; {ANOTHER}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _check_same_config(directory: Path, config: PreTrainedConfig) -> None:
-    saved = AutoConfig.from_pretrained(directory)
+    saved = load_model_config(directory)
     if saved.model_type != config.model_type:
         raise CheckpointError(f"{directory}: holds a {saved.model_type!r} model, not {config.model_type!r}")
     generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
@@ -260,13 +330,18 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_inside(directory: Path, name: str) -> None:
+    if (directory / name).resolve().parent != directory.resolve():
+        raise CheckpointError(f"{directory}: {name} is a link to another directory; copy the file itself")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error}); {ANOTHER}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object")
+        raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object; {ANOTHER}")
     return content
 
 

@@ -33,6 +33,9 @@ FROM_TOKENIZER = (
 )  # model fields that are not the run's to choose
 
 
+MAX_DEPTH = 32  # of brackets in YAML; the parser of libyaml crashes where there are tens of thousands
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the file and the remedy."""
 
@@ -143,12 +146,16 @@ class RunConfig:
     max_bad_steps: int = within(AT_LEAST_ONE, 10)  # non-finite steps in a row that stop the run
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> RunConfig:
     """The run that a YAML file, its bases and `a.b=c` overrides describe, validated.
+
+    `resolved` is for what `save_run_config` wrote, perhaps elsewhere: it may refer to no other file and no variable.
 
     Raises:
         ConfigError: something is unknown, mistyped, missing or impossible; names the file or "command line".
     """
+    if resolved:
+        _check_resolved(Path(path))
     sources = [*_read_with_bases(Path(path)), ("command line", _read_overrides(overrides))]
     _check_keys(sources)
     merged = OmegaConf.structured(RunConfig)
@@ -188,7 +195,7 @@ def build_model_config(run: RunConfig) -> DLCMConfig | LlamaBaselineConfig:
     """
     fields = dict(run.model)
     architecture = fields.pop("architecture", None)
-    if architecture not in MODEL_CONFIGS:
+    if str(architecture) not in MODEL_CONFIGS:
         raise ConfigError(f"model.architecture is {architecture!r}; choose one of {', '.join(MODEL_CONFIGS)}")
     config_class = MODEL_CONFIGS[architecture]
     try:
@@ -262,7 +269,7 @@ def _valid_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     written: dict[str, Any] = {}
     for _, content in sources:
         written |= _flatten(content)
-    architecture = written.get("model.architecture")
+    architecture = str(written.get("model.architecture"))
     chosen = [MODEL_CONFIGS[architecture]] if architecture in MODEL_CONFIGS else list(MODEL_CONFIGS.values())
     generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)} | set(FROM_TOKENIZER)
     names = {entry.name: None for config in chosen for entry in dataclasses.fields(config)}
@@ -308,14 +315,35 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str,
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        _check_depth(path.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except Exception as error:  # not only YAMLError: a month 13, a number of 5000 digits and more raise as they like
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold `key: value` pairs at the top level")
+    for key, value in _flatten(content).items():
+        if "\0" in str(value):
+            raise ConfigError(f"{path}: {key} holds a NUL character, which no name of a file can; remove it")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_resolved(path: Path) -> None:
+    content = _read_yaml(path)
+    if "base" in content:
+        raise ConfigError(f"{path}: names a base, which the record of a run never does; write its keys into the file")
+    for key, value in _flatten(content).items():
+        if "${" in str(value):
+            raise ConfigError(f"{path}: {key} is {value!r}, but the record of a run refers to nothing; write its value")
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # written in Python, and does not recurse
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels deep")
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ TOKEN_BYTES_FILE = "token_bytes.npy"
 MANIFEST_FIELDS: dict[str, Any] = {
     "dtype": str,
     "tokenizer": dict,
+    "token_bytes": str,
     "token_bytes_sha256": str,
     "splits": dict,
     "arguments": dict,
@@ -112,7 +113,7 @@ class TokenShards:
 
         dtype = TOKEN_DTYPES[self.manifest["dtype"]]
         check_file(self.path, TOKEN_BYTES_FILE, None, self.manifest["token_bytes_sha256"])
-        self.token_bytes_V = np.load(self.path / TOKEN_BYTES_FILE, allow_pickle=False).astype(np.float64)
+        self.token_bytes_V = _read_token_bytes(self.path, self.vocab_size)
 
         self._tokens: list[np.ndarray] = []
         self._starts: list[np.ndarray] = []
@@ -122,6 +123,8 @@ class TokenShards:
             check_file(self.path, shard["index_file"], index_size, shard["index_sha256"] if verify else None)
             self._tokens.append(np.memmap(self.path / shard["file"], dtype, mode="r"))
             self._starts.append(np.memmap(self.path / shard["index_file"], INDEX_DTYPE, mode="r"))
+            if self._starts[-1][-1] >= shard["tokens"]:
+                raise self._useless(len(self._starts) - 1, 1, "documents start beyond the tokens")
         # _borders[i] is where shard i begins in the stream; the last entry is the end.
         self._borders = np.cumsum([0] + [len(tokens) for tokens in self._tokens])
         self.num_tokens = int(self._borders[-1])
@@ -134,6 +137,13 @@ class TokenShards:
                 f"{self.path}: the shards were written with tokenizer {self.tokenizer_hash[:12]}, not {other[:12]}; "
                 f"prepare the data with this tokenizer, or load the one in {self.path}"
             )
+        for name in ("bos_token_id", "eos_token_id"):
+            written, here = self.manifest["tokenizer"][name], getattr(tokenizer, name)
+            if written != here:
+                raise DataError(
+                    f"{self.path}: the shards were written with {name} {written}, but the tokenizer's is {here}; "
+                    f"restore tokenizer_config.json, or prepare the data anew"
+                )
 
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens start:start+length of the stream.
@@ -155,8 +165,19 @@ class TokenShards:
             ids_T[begin + to_window : end + to_window] = self._tokens[shard][begin:end]
             starts = self._starts[shard]
             low, high = np.searchsorted(starts, np.array([begin, end], dtype=INDEX_DTYPE))
-            document_starts.append(starts[low:high].astype(np.int64) + to_window)
+            inside = starts[low:high]
+            if np.any(inside < begin) or np.any(inside >= end) or np.any(inside[1:] <= inside[:-1]):
+                raise self._useless(shard, 1, "the starts of documents do not ascend")
+            document_starts.append(inside.astype(np.int64) + to_window)
+            if ids_T[begin + to_window : end + to_window].max() >= self.vocab_size:
+                raise self._useless(shard, 0, f"holds ids beyond the vocabulary of {self.vocab_size}")
         return ids_T, np.concatenate(document_starts)
+
+    def _useless(self, shard: int, file: int, problem: str) -> DataError:
+        """What no checksum shows: whoever wrote the file wrote its checksum too."""
+        return DataError(
+            f"{self.path / shard_files(self.split, shard)[file]}: {problem}; delete {self.path} and prepare it anew"
+        )
 
 
 class PackedLoader:
@@ -230,17 +251,22 @@ def validation_batches(
     """The split from its beginning, in order, every token once, up to `max_tokens` (None: all of it).
 
     Batches hold `rows` windows of `sequence_length` tokens; the last window and the last batch may be shorter.
+    Raises DataError when no token at all has one before it to be predicted from.
     """
     _check_window_arguments(sequence_length, rows)
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens={max_tokens} leaves nothing to predict")
     total = shards.num_tokens if max_tokens is None else min(max_tokens, shards.num_tokens)
+    empty = True
     for batch_start in range(0, total, rows * sequence_length):
         batch_stop = min(batch_start + rows * sequence_length, total)
         starts = range(batch_start, batch_stop, sequence_length)
         batch = _pack(shards, [(start, min(sequence_length, batch_stop - start)) for start in starts])
         if batch.num_targets > 0:  # a lone last token opens its window, and nothing predicts it
+            empty = False
             yield batch
+    if empty:
+        raise DataError(f"{shards.path}: '{shards.split}' has no token to predict; prepare more text")
 
 
 def shard_files(split: str, number: int) -> tuple[str, str]:
@@ -269,6 +295,8 @@ def check_file(directory: Path, name: str, size: int | None, sha256: str | None)
     path = directory / name
     if not path.is_file():
         raise DataError(f"{path}: missing; delete {directory} and prepare it anew")
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise DataError(f"{path}: leads out of {directory}; copy the file here, or link the whole directory")
     actual = path.stat().st_size
     if size is not None and actual != size:
         raise DataError(
@@ -282,11 +310,26 @@ def check_file(directory: Path, name: str, size: int | None, sha256: str | None)
         )
 
 
+def _read_token_bytes(directory: Path, vocab_size: int) -> np.ndarray:
+    """(V,) float64. The header is believed only as far as there are bytes in the file."""
+    path = directory / TOKEN_BYTES_FILE
+    try:
+        token_bytes_V = np.lib.format.open_memmap(path, mode="r")
+        if token_bytes_V.shape != (vocab_size,) or token_bytes_V.dtype != np.dtype("<f4"):
+            raise ValueError(f"{token_bytes_V.dtype} of shape {token_bytes_V.shape}, not float32 of ({vocab_size},)")
+        if not (np.all(np.isfinite(token_bytes_V) & (token_bytes_V >= 0)) and np.any(token_bytes_V)):
+            raise ValueError("a length is negative or not finite, or all are 0")
+    except Exception as error:  # numpy reads the header by Python's own parser, which raises as it likes
+        raise DataError(f"{path}: not lengths in bytes ({error}); delete {directory} and prepare it anew") from error
+    return token_bytes_V.astype(np.float64)
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of prepared data; DataError when there is none, or it is not as `train.prepare` wrote it."""
     path = directory / "manifest.json"
     if not path.is_file():
         raise DataError(f"{directory}: no prepared data here; run python -m train.prepare ... --output {directory}")
+    check_file(directory, path.name, None, None)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -312,6 +355,8 @@ def _check_manifest(manifest: Any) -> None:
         if name not in SPLITS:
             raise ValueError(f"split '{name}' is none of {', '.join(SPLITS)}")
         _check_fields(name, split, {"shards": list})
+        if not split["shards"]:
+            raise ValueError(f"split '{name}' has no shards")
         for number, shard in enumerate(split["shards"]):
             where = f"shard {number} of {name}"
             _check_fields(where, shard, SHARD_FIELDS)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +162,25 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
 def _from_pretrained(name: str) -> PreTrainedTokenizerFast:
     # Not AutoTokenizer: for a `tokenizer_class` such as LlamaTokenizerFast (DeepSeek-V3 says so) it rebuilds the
     # pipeline of that class and ignores the one in tokenizer.json, which gives other ids.
-    try:
+    with _malformed_content(f"{name}: its tokenizer files cannot be loaded"):
         return PreTrainedTokenizerFast.from_pretrained(name)
-    except Exception as error:  # the tokenizers package raises bare Exception, for any malformed content
-        reason = str(error).strip().splitlines()[0]
-        raise TokenizerError(f"{name}: its tokenizer files cannot be loaded ({reason})") from error
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerFast:
+    with _malformed_content(f"{path}: not a tokenizer.json"):
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
+
+
+@contextmanager
+def _malformed_content(problem: str) -> Iterator[None]:
+    """The tokenizers package raises bare Exception for it, or panics, which is no Exception at all."""
     try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # as above
-        raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from error
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"{problem} ({reason})") from error
 
 
 def _with_document_tokens(backend: Tokenizer) -> PreTrainedTokenizerFast:
