@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
@@ -40,6 +39,7 @@ from train.checkpoint import (
     load_state,
     restore_checkpoint,
     save_checkpoint,
+    whole_tensors,
 )
 from train.config import (
     ConfigError,
@@ -53,6 +53,7 @@ from train.data import DataError, PackedLoader, TokenShards
 from train.distributed import PeerFailure, Ranks
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
+from train.parallel import check_parallel, distribute
 from train.schedule import learning_rate_factor, sharpening
 from train.signals import StopRequests
 from train.step import (
@@ -98,6 +99,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         CompilationError: `compile` is asked for and cannot work here.
         TrainingError: `max_bad_steps` in a row had no finite loss and gradient.
     """
+    ranks.on_first(lambda: check_parallel(run.parallel, ranks))
     run_dir, device = Path(run.output), choose_device(run, ranks)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -116,7 +118,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     )
 
     model = build_model(run, shards, tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
     optimizer = build_optimizer(run, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     state = TrainingState(shards.fingerprint, shards.tokenizer_hash, ranks.size)
@@ -126,13 +128,17 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
-    parallel = DistributedDataParallel(model) if ranks.size > 1 else model
     peak_flops = measured_peak(device) if run.mfu == "measured" else datasheet_peak(device)
     model.train()
 
-    def save() -> int:
-        save_checkpoint(run_dir, model, optimizer, tokenizer, run, state)
-        return state.step
+    def save() -> Path:
+        tensors = whole_tensors(model, optimizer, kept=ranks.is_first)
+
+        def write() -> int:
+            save_checkpoint(run_dir, model, tensors, tokenizer, run, state)
+            return state.step
+
+        return checkpoint_path(run_dir, ranks.on_first(write))
 
     def account(numbers: StepNumbers) -> None:
         state.flops += training_flops(numbers.sums, model, run.batch)
@@ -217,7 +223,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             bar.update()
 
             if saves or stopping:
-                checkpoint = checkpoint_path(run_dir, ranks.on_first(save))
+                checkpoint = save()
                 throughput.restart()
             if stopping and not is_last:
                 if ranks.is_first:
