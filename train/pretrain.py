@@ -2,15 +2,18 @@
 
     python -m train.pretrain CONFIG.yaml [section.key=value ...]      starts a run, or continues it
     python -m train.pretrain --resume RUN_DIR [section.key=value ...] continues a run, as it was or changed
-    torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel
+    torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel (see `train.parallel`)
 
 Whatever a step does is a function of (seed, step): its windows of text, its learning rate, its sharpening and its
 boundary draws. So a run that was stopped and resumed unchanged is the run that was not: bit for bit on the CPU without
 `compile`; otherwise but for the order in which attention and compiled reductions sum. A resumed run may change
-everything but `model` and `output`; with another seed or batch, steps to come are those of the new values.
+everything but `model` and `output`; with another seed or batch, steps to come are those of the new values. On another
+number of processes it goes on with the same windows, `batch.accumulation` making up for the number, and with the same
+boundary draws where `batch.rows` is kept: the same but for the order of sums.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -123,8 +126,9 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     state = TrainingState(shards.fingerprint, shards.tokenizer_hash, ranks.size)
     if checkpoint is not None:
-        check_continues(state, load_state(checkpoint), checkpoint)
+        check_continues(run, state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
+        state.world_size = ranks.size
     recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
@@ -322,17 +326,27 @@ def choose_device(run: RunConfig, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def check_continues(fresh: TrainingState, saved: TrainingState, checkpoint: Path) -> None:
-    """Raises CheckpointError where the run would not go on as it began: other data, tokenizer or ranks."""
+def check_continues(run: RunConfig, fresh: TrainingState, saved: TrainingState, checkpoint: Path) -> None:
+    """Raises CheckpointError where the run would not go on as it began: on other data or another tokenizer, or on
+    another number of processes whose steps are not as large.
+    """
     if saved.data_fingerprint != fresh.data_fingerprint or saved.tokenizer_hash != fresh.tokenizer_hash:
         raise CheckpointError(
             f"{checkpoint}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than data.path "
             f"now holds ({fresh.data_fingerprint[:12]}); restore the data, or start a run with another output"
         )
-    if saved.world_size != fresh.world_size:
+    if saved.world_size == fresh.world_size:
+        return  # a batch that changes is meant to
+    before = load_run_config(checkpoint / "run.yaml").batch
+    windows = before.rows * before.accumulation * saved.world_size
+    if run.batch.rows * run.batch.accumulation * fresh.world_size != windows:
+        each, rest = divmod(windows, fresh.world_size)
+        rows = math.gcd(each, before.rows)
+        fitting = f"set batch.rows={rows} batch.accumulation={each // rows}, or start as many as before"
         raise CheckpointError(
-            f"{checkpoint}: was trained by {saved.world_size} processes, not {fresh.world_size}, so the steps "
-            f"would not be the same; start as many as before"
+            f"{checkpoint}: {saved.world_size} processes trained it on {windows} windows a step, which "
+            f"{fresh.world_size} with batch.rows={run.batch.rows} batch.accumulation={run.batch.accumulation} do not make; "
+            f"{f'start a number of processes that divides {windows}' if rest else fitting}"
         )
 
 
