@@ -53,7 +53,7 @@ from train.config import (
     save_run_config,
 )
 from train.data import DataError, PackedLoader, TokenShards
-from train.distributed import PeerFailure, Ranks
+from train.distributed import PeerFailure, Ranks, means_lost_rank
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.parallel import check_parallel, distribute
@@ -337,15 +337,15 @@ def check_continues(run: RunConfig, fresh: TrainingState, saved: TrainingState, 
         )
     if saved.world_size == fresh.world_size:
         return  # a batch that changes is meant to
-    before = load_run_config(checkpoint / "run.yaml").batch
+    before, batch = load_run_config(checkpoint / "run.yaml").batch, run.batch
     windows = before.rows * before.accumulation * saved.world_size
-    if run.batch.rows * run.batch.accumulation * fresh.world_size != windows:
+    if batch.rows * batch.accumulation * fresh.world_size != windows:
         each, rest = divmod(windows, fresh.world_size)
         rows = math.gcd(each, before.rows)
         fitting = f"set batch.rows={rows} batch.accumulation={each // rows}, or start as many as before"
         raise CheckpointError(
             f"{checkpoint}: {saved.world_size} processes trained it on {windows} windows a step, which "
-            f"{fresh.world_size} with batch.rows={run.batch.rows} batch.accumulation={run.batch.accumulation} do not make; "
+            f"{fresh.world_size} with batch.rows={batch.rows} batch.accumulation={batch.accumulation} do not make; "
             f"{f'start a number of processes that divides {windows}' if rest else fitting}"
         )
 
@@ -496,6 +496,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ERRORS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not means_lost_rank(error):
+            raise
+        said = " ".join(str(error).split())
+        message = f"error: rank {ranks.rank} lost another, which ended or hung ({said}); see what that one said, then"
+        print(f"{message} continue with --resume RUN_DIR", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted at once; what was saved before is intact", file=sys.stderr)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.train.tiny import prepare_tiny, write_config
 from train.checkpoint import latest_checkpoint, load_state
 from train.config import ConfigError, ParallelConfig
-from train.distributed import Ranks
+from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
 from train.parallel import check_parallel
 from train.pretrain import main
@@ -45,6 +46,18 @@ for arguments, copied in json.loads(sys.argv[1]):
     assert module.pretrain(run, checkpoint, ranks) == 0
 ranks.leave()
 """
+LOSE_ONE = """
+import os, signal, sys
+import train.pretrain as module
+
+def lost(run, model, batches, step, ranks):
+    if (step, ranks.rank) == (3, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_of(run, model, batches, step, ranks)
+
+step_of, module.forward_backward = module.forward_backward, lost
+sys.exit(module.main([sys.argv[1]]))
+"""
 STEPS, HALF = 4, 2
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
 Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
@@ -72,7 +85,7 @@ class Runs:
         sections: dict[str, Any] = {
             "batch": {"rows": 2, "accumulation": accumulation},
             "schedule": {"steps": STEPS, "warmup_steps": 0},
-            "evaluation": {"every": HALF, "max_tokens": 300},  # 5 batches, that no number of ranks shares out evenly
+            "evaluation": {"every": HALF, "max_tokens": 320},  # 5 batches, that no number of ranks shares out evenly
             "checkpoint": {"every": HALF, "keep": 9},
             "model": {"aux_loss_weight": 0.5} if architecture == "dlcm" else {},
         }
@@ -89,11 +102,15 @@ class Runs:
         assert main(arguments) == 0
 
     def run_on(self, processes: int, *commands: Command) -> None:
-        script = self.directory / "run_all.py"
-        script.write_text(RUN_ALL)
+        answer = self.launch(processes, RUN_ALL, json.dumps(commands))
+        assert answer.returncode == 0, answer.stderr
+
+    def launch(self, processes: int, program: str, argument: str) -> subprocess.CompletedProcess[str]:
+        script = self.directory / "program.py"
+        script.write_text(program)
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        answer = subprocess.run(
-            [sys.executable, "-m", *launcher, str(script), json.dumps(commands)],
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, str(script), argument],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
@@ -101,7 +118,6 @@ class Runs:
             check=False,
             timeout=240,
         )
-        assert answer.returncode == 0, answer.stderr
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +224,23 @@ def test_sharded_in_bf16_is_ddp_in_bf16(runs: Runs):
     parameters = load_file(latest_checkpoint(runs["bf16-fsdp"]) / "model.safetensors")
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     assert any((parameter != parameter.bfloat16()).any() for parameter in parameters.values())
+
+
+def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(runs: Runs):
+    (config,), _ = runs.start("lost", 2, parallel=FSDP)
+    answer = runs.launch(2, LOSE_ONE, config)
+    (error,) = (line for line in answer.stderr.splitlines() if line.startswith("error: "))
+    assert "rank 0 lost another, which ended or hung (" in error and "continue with --resume RUN_DIR" in error
+    assert main(["--resume", str(runs["lost"]), "batch.accumulation=4"]) == 0
+    assert_close(runs["lost"], runs["one"])
+
+
+def test_ranks_wait_for_each_other_for_so_long(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options))
+    Ranks()
+    assert asked == {"timeout": PATIENCE}
 
 
 def test_groups_that_do_not_fit_the_processes_are_refused():
