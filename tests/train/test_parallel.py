@@ -22,10 +22,11 @@ from train.pretrain import main
 
 ROOT = Path(__file__).parents[2]
 # One group of ranks runs one command line after the other, some from a copy of a checkpoint. The residual stream is
-# fp32 in all of them.
+# fp32 in all of them; and it is counted how often gradients are scattered.
 RUN_ALL = """
 import functools, json, sys
 import torch
+import torch.distributed as dist
 import train.pretrain as module
 from dlcm.blocks import TransformerStack
 from dlcm.compilation import compile_blocks_
@@ -36,14 +37,23 @@ def checked(stack, x, *arguments):
     assert x.dtype == y.dtype == torch.float32
     return y
 
+def counted(*arguments, **options):
+    scattered.append(1)
+    return scatter(*arguments, **options)
+
 through, TransformerStack.forward = TransformerStack.forward, checked
+name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # older torch
+scatter = getattr(dist, name)
+setattr(dist, name, counted)
 module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
 ranks = module.Ranks()
 for arguments, copied in json.loads(sys.argv[1]):
     if copied:
         ranks.on_first(lambda: copy_checkpoint(*copied))
     run, checkpoint = module.open_run(module.parse_arguments(arguments), ranks)
+    scattered = []
     assert module.pretrain(run, checkpoint, ranks) == 0
+    (module.Path(run.output) / f"scattered_{ranks.rank}").write_text(str(len(scattered)))
 ranks.leave()
 """
 LOSE_ONE = """
@@ -192,6 +202,12 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
 )
 def test_every_strategy_is_the_run_of_one_process(name: str, expected: str, runs: Runs):
     assert_close(runs[name], runs[expected])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ddp", 0), ("few-fsdp", 5), ("fsdp", 5), ("hybrid", 5)])
+def test_gradients_travel_once_a_step_and_block(name: str, expected: int, runs: Runs):
+    """However many micro-batches: those of encoder, backbone, decoder, cross-attention, and the rest."""
+    assert (runs[name] / "scattered_1").read_text() == str(expected * STEPS)
 
 
 @pytest.mark.parametrize("name", ["fsdp-one", "one-hybrid", "hybrid-ddp"])
