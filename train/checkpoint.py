@@ -48,7 +48,7 @@ class TrainingState:
 
     data_fingerprint: str
     tokenizer_hash: str
-    world_size: int
+    world_size: int  # may change, if a step stays as large
     step: int = 0  # completed steps, skipped ones included
     tokens: int = 0
     flops: float = 0.0  # forward and backward

@@ -99,6 +99,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
     Raises:
         DataError, CheckpointError: data or checkpoint do not fit the run, or cannot be read or written.
+        ConfigError: no such device, or ranks that cannot be grouped as `parallel` asks.
         CompilationError: `compile` is asked for and cannot work here.
         TrainingError: `max_bad_steps` in a row had no finite loss and gradient.
     """
