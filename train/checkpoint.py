@@ -22,18 +22,20 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlcm import DLCMConfig, LlamaBaselineConfig
 from train.config import MODEL_CONFIGS, RunConfig, save_run_config
 from train.data import file_sha256
+from train.parallel import part_of, whole
 
 # What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
 REQUIRED_FILES = ("model.safetensors", "config.json", "run.yaml", "optimizer.safetensors", "state.json")
@@ -50,7 +52,7 @@ class TrainingState:
 
     data_fingerprint: str
     tokenizer_hash: str
-    world_size: int
+    world_size: int  # may change, if a step stays as large
     step: int = 0  # completed steps, skipped ones included
     tokens: int = 0
     flops: float = 0.0  # forward and backward
@@ -58,10 +60,29 @@ class TrainingState:
     bad_in_a_row: int = 0
 
 
+class Tensors(NamedTuple):
+    """What a checkpoint holds of model and optimizer, by name; whole, however the run shards them."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def whole_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer, kept: bool = True) -> Tensors:
+    """The tensors themselves, or copies on the CPU of what is sharded: gathered one by one, to every rank, which must
+    all ask; only where they are `kept` do they stay.
+    """
+
+    def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pairs = ((name, whole(x).cpu() if isinstance(x, DTensor) else x) for name, x in tensors.items())
+        return {name: x for name, x in pairs if kept}
+
+    return Tensors(gathered(model.state_dict()), gathered(optimizer_tensors(model, optimizer)))
+
+
 def save_checkpoint(
     run_dir: Path,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
+    tensors: Tensors,
     tokenizer: PreTrainedTokenizerBase,
     run: RunConfig,
     state: TrainingState,
@@ -77,13 +98,13 @@ def save_checkpoint(
         final.parent.mkdir(parents=True, exist_ok=True)
         _discard(partial)
         partial.mkdir()
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=tensors.model)
         try:
             tokenizer.save_pretrained(partial)
         except Exception as error:  # where the disk refuses, the tokenizers package raises just that
             raise OSError(str(error)) from error
         save_run_config(run, partial / "run.yaml")
-        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        save_file(tensors.optimizer, partial / "optimizer.safetensors")
         _write_json(partial / "state.json", dataclasses.asdict(state) | _environment())
         checksums = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
         _write_json(partial / "checksums.json", checksums)
@@ -230,14 +251,16 @@ def check_shapes(path: Path, expected: Mapping[str, Tensor]) -> None:
 
 
 def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Loads parameters and optimizer state into `model` and `optimizer`, and returns the state.
+    """Loads parameters and optimizer state into `model` and `optimizer`, each rank its part, and returns the state.
 
     Raises:
         CheckpointError: the checkpoint is of a model with another config, or its tensors do not fit; names them.
     """
     _check_same_config(directory, model.config)
-    check_shapes(directory / "model.safetensors", model.state_dict())
-    load_model(model, directory / "model.safetensors", device=str(model.device))
+    parameters = model.state_dict()
+    check_shapes(directory / "model.safetensors", parameters)
+    whole_state = load_file(directory / "model.safetensors")
+    model.load_state_dict({name: part_of(x, parameters[name]) for name, x in whole_state.items()})
     _load_optimizer(directory / "optimizer.safetensors", model, optimizer)
     return load_state(directory)
 
@@ -255,13 +278,15 @@ def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {name: index for index, name in enumerate(ordered)}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     tensor_shapes(path)  # or it is no such file
     for key, value in load_file(path).items():
         kind, _, name = key.partition(".")
         if name not in index_of:
             raise CheckpointError(f"{path}: holds state of {name!r}, which this model has not; {ANOTHER}")
-        state.setdefault(index_of[name], {})[kind] = value
+        is_moment = value.ndim > 0  # and not the number of steps
+        state.setdefault(index_of[name], {})[kind] = part_of(value, parameters[name]) if is_moment else value
     for parameter, name in names.items():
         found = {kind: value.shape for kind, value in state.get(index_of[name], {}).items()}
         if found != {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}:

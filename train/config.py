@@ -82,6 +82,14 @@ class BatchConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Where parameters live when there are several processes (see train/parallel.py)."""
+
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    shard_size: int | None = within(AT_LEAST_TWO, None)  # processes that share a copy; for hybrid, null otherwise
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW with decoupled muP: base learning rates by the role of parameters (see dlcm/mup.py)."""
 
@@ -137,6 +145,7 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -223,6 +232,11 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(
             f"schedule.warmup_steps {schedule.warmup_steps} and schedule.decay_fraction "
             f"{schedule.decay_fraction} together exceed schedule.steps {schedule.steps}; shorten one of them"
+        )
+    if (run.parallel.strategy == "hybrid") != (run.parallel.shard_size is not None):
+        raise ConfigError(
+            f"parallel.shard_size is {run.parallel.shard_size or 'null'} where parallel.strategy is "
+            f"{run.parallel.strategy}; hybrid needs one, say the processes of a machine, others leave it null"
         )
     learned = isinstance(model_config, DLCMConfig) and model_config.segmenter == "learned"
     _check_given("optimizer.lr_concept", rates.lr_concept, isinstance(model_config, DLCMConfig), "concept parameters")

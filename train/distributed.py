@@ -7,14 +7,24 @@ those on CUDA by NCCL.
 import gc
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# A rank that has not answered by then is given up, and with it the run. The longest that ranks wait for each other on
+# purpose is while rank 0 hashes the data, of which a terabyte takes about as long, or writes a checkpoint.
+PATIENCE = timedelta(minutes=20)
+
 
 class PeerFailure(RuntimeError):
     """Rank 0 failed and says why; the other ranks stop without a word."""
+
+
+def means_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another rank ended or did not answer in time. Of gloo's, only the words tell."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 class Ranks:
@@ -25,7 +35,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
 
     @property
     def is_first(self) -> bool:

@@ -1,9 +1,12 @@
 """Validation during training: loss and bits per byte with boundaries as at inference."""
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 
 from train.config import RunConfig
-from train.data import TokenShards, validation_batches
+from train.data import PackedBatch, TokenShards, validation_batches
 from train.distributed import Ranks
 from train.metrics import bits_per_byte
 from train.step import Model, autocast, model_inputs
@@ -22,13 +25,13 @@ def evaluate(run: RunConfig, model: Model, validation: TokenShards, ranks: Ranks
     nats = torch.zeros((), dtype=torch.float64, device=model.device)
     longest = torch.zeros((), dtype=torch.int64, device=model.device)
     batches = validation_batches(validation, run.data.sequence_length, run.batch.rows, run.evaluation.max_tokens)
-    for index, batch in enumerate(batches):
-        if index % ranks.size != ranks.rank:
-            continue
+    for batch, counts in share_of(ranks, batches):
         batch = batch.to(model.device)
         inputs = model_inputs(batch) | {"labels": batch.labels[None], "num_items_in_batch": 1, "return_logits": False}
         with autocast(run, model.device):
             output = model(**inputs)
+        if not counts:  # only sharded models needed it
+            continue
         nats += output.ce_loss
         targets += batch.num_targets
         target_bytes += batch.target_bytes
@@ -45,3 +48,13 @@ def evaluate(run: RunConfig, model: Model, validation: TokenShards, ranks: Ranks
     if concepts:
         values |= {"tokens_per_concept": tokens / concepts, "max_concept": max_concept}
     return values
+
+
+def share_of(ranks: Ranks, batches: Iterator[PackedBatch]) -> Iterator[tuple[PackedBatch, bool]]:
+    """This rank's batches, and whether they count.
+
+    Every rank gets as many, since sharded models run together: where one would lack its last, it gets another's.
+    """
+    while turn := list(islice(batches, ranks.size)):
+        counts = ranks.rank < len(turn)
+        yield turn[ranks.rank if counts else 0], counts

@@ -2,15 +2,18 @@
 
     python -m train.pretrain CONFIG.yaml [section.key=value ...]      starts a run, or continues it
     python -m train.pretrain --resume RUN_DIR [section.key=value ...] continues a run, as it was or changed
-    torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel
+    torchrun --nproc-per-node N -m train.pretrain ...                 either, data-parallel (see `train.parallel`)
 
 Whatever a step does is a function of (seed, step): its windows of text, its learning rate, its sharpening and its
 boundary draws. So a run that was stopped and resumed unchanged is the run that was not: bit for bit on the CPU without
 `compile`; otherwise but for the order in which attention and compiled reductions sum. A resumed run may change
-everything but `model` and `output`; with another seed or batch, steps to come are those of the new values.
+everything but `model` and `output`; with another seed or batch, steps to come are those of the new values. On another
+number of processes it goes on with the same windows, `batch.accumulation` making up for the number, and with the same
+boundary draws where `batch.rows` is kept: the same but for the order of sums.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,7 +23,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
@@ -40,6 +42,7 @@ from train.checkpoint import (
     load_state,
     restore_checkpoint,
     save_checkpoint,
+    whole_tensors,
 )
 from train.config import (
     ConfigError,
@@ -50,9 +53,10 @@ from train.config import (
     save_run_config,
 )
 from train.data import DataError, PackedLoader, TokenShards
-from train.distributed import PeerFailure, Ranks
+from train.distributed import PeerFailure, Ranks, means_lost_rank
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
+from train.parallel import check_parallel, distribute
 from train.schedule import learning_rate_factor, sharpening
 from train.signals import StopRequests
 from train.step import (
@@ -95,9 +99,11 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
     Raises:
         DataError, CheckpointError: data or checkpoint do not fit the run, or cannot be read or written.
+        ConfigError: no such device, or ranks that cannot be grouped as `parallel` asks.
         CompilationError: `compile` is asked for and cannot work here.
         TrainingError: `max_bad_steps` in a row had no finite loss and gradient.
     """
+    ranks.on_first(lambda: check_parallel(run.parallel, ranks))
     run_dir, device = Path(run.output), choose_device(run, ranks)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
@@ -116,23 +122,28 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     )
 
     model = build_model(run, shards, tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
     optimizer = build_optimizer(run, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     state = TrainingState(shards.fingerprint, shards.tokenizer_hash, ranks.size)
     if checkpoint is not None:
-        check_continues(state, load_state(checkpoint), checkpoint)
+        check_continues(run, state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
+        state.world_size = ranks.size
     recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
-    parallel = DistributedDataParallel(model) if ranks.size > 1 else model
     peak_flops = measured_peak(device) if run.mfu == "measured" else datasheet_peak(device)
     model.train()
 
-    def save() -> int:
-        save_checkpoint(run_dir, model, optimizer, tokenizer, run, state)
-        return state.step
+    def save() -> Path:
+        tensors = whole_tensors(model, optimizer, kept=ranks.is_first)
+
+        def write() -> int:
+            save_checkpoint(run_dir, model, tensors, tokenizer, run, state)
+            return state.step
+
+        return checkpoint_path(run_dir, ranks.on_first(write))
 
     def account(numbers: StepNumbers) -> None:
         state.flops += training_flops(numbers.sums, model, run.batch)
@@ -217,7 +228,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             bar.update()
 
             if saves or stopping:
-                checkpoint = checkpoint_path(run_dir, ranks.on_first(save))
+                checkpoint = save()
                 throughput.restart()
             if stopping and not is_last:
                 if ranks.is_first:
@@ -316,17 +327,27 @@ def choose_device(run: RunConfig, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank)
 
 
-def check_continues(fresh: TrainingState, saved: TrainingState, checkpoint: Path) -> None:
-    """Raises CheckpointError where the run would not go on as it began: other data, tokenizer or ranks."""
+def check_continues(run: RunConfig, fresh: TrainingState, saved: TrainingState, checkpoint: Path) -> None:
+    """Raises CheckpointError where the run would not go on as it began: on other data or another tokenizer, or on
+    another number of processes whose steps are not as large.
+    """
     if saved.data_fingerprint != fresh.data_fingerprint or saved.tokenizer_hash != fresh.tokenizer_hash:
         raise CheckpointError(
             f"{checkpoint}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than data.path "
             f"now holds ({fresh.data_fingerprint[:12]}); restore the data, or start a run with another output"
         )
-    if saved.world_size != fresh.world_size:
+    if saved.world_size == fresh.world_size:
+        return  # a batch that changes is meant to
+    before, batch = load_run_config(checkpoint / "run.yaml").batch, run.batch
+    windows = before.rows * before.accumulation * saved.world_size
+    if batch.rows * batch.accumulation * fresh.world_size != windows:
+        each, rest = divmod(windows, fresh.world_size)
+        rows = math.gcd(each, before.rows)
+        fitting = f"set batch.rows={rows} batch.accumulation={each // rows}, or start as many as before"
         raise CheckpointError(
-            f"{checkpoint}: was trained by {saved.world_size} processes, not {fresh.world_size}, so the steps "
-            f"would not be the same; start as many as before"
+            f"{checkpoint}: {saved.world_size} processes trained it on {windows} windows a step, which "
+            f"{fresh.world_size} with batch.rows={batch.rows} batch.accumulation={batch.accumulation} do not make; "
+            f"{f'start a number of processes that divides {windows}' if rest else fitting}"
         )
 
 
@@ -476,6 +497,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ERRORS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not means_lost_rank(error):
+            raise
+        said = " ".join(str(error).split())
+        message = f"error: rank {ranks.rank} lost another, which ended or hung ({said}); see what that one said, then"
+        print(f"{message} continue with --resume RUN_DIR", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted at once; what was saved before is intact", file=sys.stderr)

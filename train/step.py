@@ -11,13 +11,12 @@ import functools
 import gc
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.boundary import LearnedDetector
@@ -28,6 +27,7 @@ from train.config import BatchConfig, RunConfig
 from train.data import PackedBatch
 from train.distributed import Ranks
 from train.metrics import bits_per_byte
+from train.parallel import gradients_travel, unwrapped, whole
 
 Model = DLCMForCausalLM | LlamaBaselineForCausalLM
 
@@ -60,7 +60,7 @@ def forward_backward(
 
     Args:
         run: its seed and precision.
-        parallel: the model, wrapped for data parallelism where there are several ranks.
+        parallel: the model as `train.parallel` distributes it.
         batches: this rank's micro-batches, on the model's device.
         step: counted from 0; decides the boundary draws.
         ranks: those that hold the rest of the batch.
@@ -68,8 +68,7 @@ def forward_backward(
     Returns:
         This rank's `StepSums`, float64, on the model's device.
     """
-    model = parallel.module if isinstance(parallel, DistributedDataParallel) else parallel
-    kept_local = parallel.no_sync if isinstance(parallel, DistributedDataParallel) else nullcontext
+    model = unwrapped(parallel)
     assert isinstance(model, Model)
     counts = (sum(counted) for counted in zip(*map(known_counts, batches), strict=True))
     targets, tokens, documents = ranks.sum(
@@ -91,7 +90,7 @@ def forward_backward(
             generator = boundary_generator(run.seed, step, micro, ranks, model.device)
             inputs |= {"generator": generator, "parser_total": parser_total}
         # Gradients travel between ranks once a step, with the last micro-batch.
-        with kept_local() if micro < len(batches) - 1 else nullcontext():
+        with gradients_travel(parallel, micro == len(batches) - 1):
             with autocast(run, model.device):
                 output = parallel(**inputs)
             # Ranks average their gradients, but shares want to be summed.
@@ -192,7 +191,7 @@ def update_parameters(optimizer: torch.optim.AdamW, sums: Tensor, clip_norm: flo
         The gradient's norm before clipping, and 1 or 0, whether the step was skipped; on the device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
     skipped = (~(grad_norm.isfinite() & sums.isfinite().all())).float()
     optimizer.grad_scale = (grad_norm / clip_norm).clamp(min=1)  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from train.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
     verify_checkpoint,
+    whole_tensors,
 )
 from train.config import (
     BatchConfig,
@@ -63,7 +64,9 @@ class Trained:
             checkpoint=CheckpointConfig(keep=keep),
         )
         state = TrainingState("fingerprint", "hash", 1, step=step, tokens=8 * step, flops=1.5)
-        return save_checkpoint(run_dir, self.model, self.optimizer, byte_tokenizer(), run, state)
+        return save_checkpoint(
+            run_dir, self.model, whole_tensors(self.model, self.optimizer), byte_tokenizer(), run, state
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self.model.named_parameters()) | optimizer_tensors(self.model, self.optimizer)

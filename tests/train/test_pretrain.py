@@ -811,13 +811,39 @@ def test_other_data_under_the_same_path_is_refused_on_resume(
     assert_one_error(capsys, "was trained on other data")
 
 
-def test_what_must_not_change_between_halves(tmp_path: Path):
+def test_what_must_not_change_between_halves(data: Path, tmp_path: Path):
+    run = load_run_config(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run", batch={"rows": 6}))
     fresh = TrainingState("data", "tokenizer", 2)
-    check_continues(fresh, TrainingState("data", "tokenizer", 2, step=5), tmp_path)
-    with pytest.raises(CheckpointError, match="was trained by 1 processes, not 2"):
-        check_continues(fresh, TrainingState("data", "tokenizer", 1), tmp_path)
+    check_continues(run, fresh, TrainingState("data", "tokenizer", 2, step=5), tmp_path)
     with pytest.raises(CheckpointError, match="other data"):
-        check_continues(fresh, TrainingState("data", "another", 2), tmp_path)
+        check_continues(run, fresh, TrainingState("data", "another", 2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "remedy"),
+    [
+        # processes, rows, accumulation
+        ((4, 6, 1), (2, 6, 2), None),
+        ((2, 6, 2), (8, 3, 1), None),
+        ((1, 6, 4), (2, 6, 4), "set batch.rows=6 batch.accumulation=2, or start as many as before"),
+        ((4, 6, 1), (3, 6, 1), "set batch.rows=2 batch.accumulation=4, or start as many as before"),
+        ((4, 6, 1), (5, 6, 1), "start a number of processes that divides 24"),
+    ],
+)
+def test_another_number_of_processes_keeps_the_size_of_a_step(
+    before: tuple[int, int, int], now: tuple[int, int, int], remedy: str | None, data: Path, tmp_path: Path
+):
+    (processes, rows, accumulation), (others, *batch) = before, now
+    write_config(tmp_path / "run.yaml", "llama", data, tmp_path, batch={"rows": rows, "accumulation": accumulation})
+    run = load_run_config(tmp_path / "run.yaml", [f"batch.rows={batch[0]}", f"batch.accumulation={batch[1]}"])
+    states = [TrainingState("data", "tokenizer", number) for number in (others, processes)]
+    if remedy is None:
+        check_continues(run, *states, tmp_path)
+    else:
+        with pytest.raises(
+            CheckpointError, match=f"on 24 windows a step, which {others} with .* do not make; {remedy}"
+        ):
+            check_continues(run, *states, tmp_path)
 
 
 def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -79,7 +79,7 @@ def write_config(path: Path, architecture: str, data: Path, output: Path, **sect
         content["optimizer"]["lr_boundary"] = 3e-4
         content["schedule"]["sharpening_final"] = 4
     for name, section in sections.items():
-        content[name] = content[name] | section if isinstance(section, dict) else section
+        content[name] = content.get(name, {}) | section if isinstance(section, dict) else section
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path

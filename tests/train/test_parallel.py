@@ -1,0 +1,269 @@
+"""Parameters on several ranks: whatever the strategy, the run of one process; and checkpoints that fit any other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests.train.tiny import prepare_tiny, write_config
+from train.checkpoint import latest_checkpoint, load_state
+from train.config import ConfigError, ParallelConfig
+from train.distributed import PATIENCE, Ranks
+from train.metrics import WALL_CLOCK, read_metrics
+from train.parallel import check_parallel
+from train.pretrain import main
+
+ROOT = Path(__file__).parents[2]
+# One group of ranks runs one command line after the other, some from a copy of a checkpoint. The residual stream is
+# fp32 in all of them; and it is counted how often gradients are scattered.
+RUN_ALL = """
+import functools, json, sys
+import torch
+import torch.distributed as dist
+import train.pretrain as module
+from dlcm.blocks import TransformerStack
+from dlcm.compilation import compile_blocks_
+from tests.train.test_parallel import copy_checkpoint
+
+def checked(stack, x, *arguments):
+    y = through(stack, x, *arguments)
+    assert x.dtype == y.dtype == torch.float32
+    return y
+
+def counted(*arguments, **options):
+    scattered.append(1)
+    return scatter(*arguments, **options)
+
+through, TransformerStack.forward = TransformerStack.forward, checked
+name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # older torch
+scatter = getattr(dist, name)
+setattr(dist, name, counted)
+module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
+ranks = module.Ranks()
+for arguments, copied in json.loads(sys.argv[1]):
+    if copied:
+        ranks.on_first(lambda: copy_checkpoint(*copied))
+    run, checkpoint = module.open_run(module.parse_arguments(arguments), ranks)
+    scattered = []
+    assert module.pretrain(run, checkpoint, ranks) == 0
+    (module.Path(run.output) / f"scattered_{ranks.rank}").write_text(str(len(scattered)))
+ranks.leave()
+"""
+LOSE_ONE = """
+import os, signal, sys
+import train.pretrain as module
+
+def lost(run, model, batches, step, ranks):
+    if (step, ranks.rank) == (3, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_of(run, model, batches, step, ranks)
+
+step_of, module.forward_backward = module.forward_backward, lost
+sys.exit(module.main([sys.argv[1]]))
+"""
+STEPS, HALF = 4, 2
+FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
+Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
+
+
+def copy_checkpoint(source: str, target: str) -> None:
+    """A run directory with nothing but the checkpoint of half the steps of another run."""
+    name = Path("checkpoints") / f"step_{HALF:08d}"
+    (Path(target) / name).mkdir(parents=True)
+    for file in (Path(source) / name).iterdir():
+        (Path(target) / name / file.name).hardlink_to(file)
+
+
+class Runs:
+    """Runs of one and the same training in one directory, on any number of processes."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.data = prepare_tiny(directory / "data")
+
+    def __getitem__(self, name: str) -> Path:
+        return self.directory / name
+
+    def start(self, name: str, accumulation: int, architecture: str = "dlcm", **changes: Any) -> Command:
+        sections: dict[str, Any] = {
+            "batch": {"rows": 2, "accumulation": accumulation},
+            "schedule": {"steps": STEPS, "warmup_steps": 0},
+            "evaluation": {"every": HALF, "max_tokens": 320},  # 5 batches, that no number of ranks shares out evenly
+            "checkpoint": {"every": HALF, "keep": 9},
+            "model": {"aux_loss_weight": 0.5} if architecture == "dlcm" else {},
+        }
+        config = self.directory / f"{name}.yaml"
+        return [str(write_config(config, architecture, self.data, self[name], **sections | changes))], []
+
+    def resume(self, name: str, source: str, *changes: str) -> Command:
+        return ["--resume", str(self[name]), *changes], [str(self[source]), str(self[name])]
+
+    def run_here(self, command: Command) -> None:
+        arguments, copied = command
+        if copied:
+            copy_checkpoint(*copied)
+        assert main(arguments) == 0
+
+    def run_on(self, processes: int, *commands: Command) -> None:
+        answer = self.launch(processes, RUN_ALL, json.dumps(commands))
+        assert answer.returncode == 0, answer.stderr
+
+    def launch(self, processes: int, program: str, argument: str) -> subprocess.CompletedProcess[str]:
+        script = self.directory / "program.py"
+        script.write_text(program)
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, str(script), argument],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    runs.run_here(runs.start("one", 4))
+    runs.run_here(runs.start("few", 2))
+    runs.run_here(runs.start("llama", 4, "llama"))
+    changed = ["batch.accumulation=1", "parallel.strategy=hybrid", "parallel.shard_size=2"]
+    runs.run_on(
+        4,
+        runs.start("hybrid", 1, parallel=HYBRID),
+        runs.resume("hybrid-hybrid", "hybrid"),
+        runs.resume("one-hybrid", "one", *changed),
+    )
+    changed = ["batch.accumulation=2", "parallel.strategy=ddp", "parallel.shard_size=null"]
+    runs.run_on(
+        2,
+        runs.start("ddp", 2),
+        runs.start("few-ddp", 1),
+        runs.start("fsdp", 2, parallel=FSDP),
+        runs.start("few-fsdp", 1, parallel=FSDP),
+        runs.start("llama-fsdp", 2, "llama", parallel=FSDP, activation_checkpointing="full"),
+        runs.start("compiled-fsdp", 2, parallel=FSDP, activation_checkpointing="full", compile=True),
+        runs.start("bf16-ddp", 2, precision="bf16"),
+        runs.start("bf16-fsdp", 2, precision="bf16", parallel=FSDP),
+        runs.resume("fsdp-fsdp", "fsdp"),
+        runs.resume("ddp-ddp", "ddp"),
+        runs.resume("hybrid-ddp", "hybrid", *changed),
+    )
+    runs.run_here(runs.resume("fsdp-one", "fsdp", "batch.accumulation=4"))
+    return runs
+
+
+def metrics(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
+    """What was logged from a step on, the first one not included, and without what the clock wrote."""
+    lines = [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in read_metrics(run_dir)]
+    return [line for line in lines if line["step"] > after]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = latest_checkpoint(run_dir)
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
+    """Losses, norms of gradients, parameters and moments, within what the order of fp32 sums may do."""
+    ours, theirs = metrics(run_dir, after), metrics(expected, after)
+    assert len(ours) == len(theirs) == (STEPS - after) + (STEPS - after) // HALF
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.pop("kind") == their.pop("kind")
+        # Of a single micro-batch, boundaries are counted without a pass ahead.
+        assert our.pop("flops", 0) == pytest.approx(their.pop("flops", 0), rel=0.2)
+        assert our == pytest.approx(their, rel=1e-4, abs=1e-5)
+    values, expected_values = tensors(run_dir), tensors(expected)
+    assert values.keys() == expected_values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value, expected_values[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ddp", "one"),
+        ("fsdp", "one"),
+        ("compiled-fsdp", "one"),
+        ("hybrid", "one"),
+        ("few-ddp", "few"),
+        ("few-fsdp", "few"),
+        ("llama-fsdp", "llama"),
+    ],
+)
+def test_every_strategy_is_the_run_of_one_process(name: str, expected: str, runs: Runs):
+    assert_close(runs[name], runs[expected])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("ddp", 0), ("few-fsdp", 5), ("fsdp", 5), ("hybrid", 5)])
+def test_gradients_travel_once_a_step_and_block(name: str, expected: int, runs: Runs):
+    """However many micro-batches: those of encoder, backbone, decoder, cross-attention, and the rest."""
+    assert (runs[name] / "scattered_1").read_text() == str(expected * STEPS)
+
+
+@pytest.mark.parametrize("name", ["fsdp-one", "one-hybrid", "hybrid-ddp"])
+def test_a_run_goes_on_under_another_strategy_on_another_number_of_processes(name: str, runs: Runs):
+    assert_close(runs[name], runs["one"], after=HALF)
+    processes = {"one": 1, "ddp": 2, "hybrid": 4}[name.rpartition("-")[2]]
+    assert load_state(latest_checkpoint(runs[name])).world_size == processes
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid"])
+def test_a_run_goes_on_unchanged_bit_for_bit(name: str, runs: Runs):
+    resumed = runs[f"{name}-{name}"]
+    assert metrics(resumed, HALF) == metrics(runs[name], HALF)
+    ours, theirs = tensors(resumed), tensors(runs[name])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_sharded_checkpoints_are_those_of_one_process(runs: Runs):
+    files = {name: {file.name for file in latest_checkpoint(runs[name]).iterdir()} for name in ("one", "fsdp")}
+    assert files["one"] == files["fsdp"]
+    configs = [(latest_checkpoint(runs[name]) / "config.json").read_text() for name in ("one", "fsdp", "hybrid")]
+    assert len(set(configs)) == 1
+
+
+def test_sharded_in_bf16_is_ddp_in_bf16(runs: Runs):
+    """Gains of norms are rounded to bf16, which all that they scale is then, too."""
+    for ours, theirs in zip(metrics(runs["bf16-fsdp"]), metrics(runs["bf16-ddp"]), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    parameters = load_file(latest_checkpoint(runs["bf16-fsdp"]) / "model.safetensors")
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    assert any((parameter != parameter.bfloat16()).any() for parameter in parameters.values())
+
+
+def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(runs: Runs):
+    (config,), _ = runs.start("lost", 2, parallel=FSDP)
+    answer = runs.launch(2, LOSE_ONE, config)
+    (error,) = (line for line in answer.stderr.splitlines() if line.startswith("error: "))
+    assert "rank 0 lost another, which ended or hung (" in error and "continue with --resume RUN_DIR" in error
+    assert main(["--resume", str(runs["lost"]), "batch.accumulation=4"]) == 0
+    assert_close(runs["lost"], runs["one"])
+
+
+def test_ranks_wait_for_each_other_for_so_long(monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options))
+    Ranks()
+    assert asked == {"timeout": PATIENCE}
+
+
+def test_groups_that_do_not_fit_the_processes_are_refused():
+    ranks = Ranks()
+    check_parallel(ParallelConfig("hybrid", 3), ranks)  # in a single process there are no groups
+    ranks.size = 8
+    check_parallel(ParallelConfig("hybrid", 4), ranks)
+    check_parallel(ParallelConfig("fsdp"), ranks)
+    with pytest.raises(ConfigError, match="shard_size is 3, which does not divide 8 processes; set it to 2 or 4 or 8"):
+        check_parallel(ParallelConfig("hybrid", 3), ranks)
