@@ -243,7 +243,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         finish(axes, stage, "", "")
     figure.supxlabel("width")
     figure.supylabel(f"scale (root mean square) after {last} steps")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
 
 

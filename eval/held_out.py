@@ -45,8 +45,11 @@ def held_out(run: RunConfig, state: TrainingState, instead: str) -> HeldOut:
             f"validation split; restore it, or give {instead} FILE"
         )
     listing = shards.path / "validation" / "documents.jsonl"
-    rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-    starts = [0, *accumulate(row["tokens"] for row in rows)]
+    try:
+        rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+        starts = [0, *accumulate(int(row["tokens"]) for row in rows)]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        starts = [0]
     if starts[-1] != shards.num_tokens:
         raise DataError(f"{listing}: does not describe the shards beside it; delete {shards.path} and prepare it anew")
     return HeldOut(shards, listing, rows, starts)

@@ -369,7 +369,7 @@ def open_run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[RunConfig, Pa
     checkpoint = checkpoint_path(run_dir, ranks.on_first(lambda: checkpoint_step(latest_checkpoint(run_dir))))
     # The run's own record knows of changes made since the checkpoint; checkpoints alone will do, though.
     record = run_dir / "run.yaml" if (run_dir / "run.yaml").exists() else checkpoint / "run.yaml"
-    before, run = load_run_config(record), load_run_config(record, arguments.overrides)
+    before, run = (load_run_config(record, overrides, resolved=True) for overrides in ((), arguments.overrides))
     changes = config_differences(before, run)
     for key, (old, new) in changes.items():
         if key == "output" or key.startswith("model."):
