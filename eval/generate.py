@@ -349,7 +349,13 @@ def in_colour() -> bool:
 
 @contextlib.contextmanager
 def until_interrupted() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether Ctrl-C was pressed, so that the model may finish a token; a second one interrupts it."""
+    """Gives what says whether Ctrl-C was pressed, so that the model may finish a token; a second one interrupts it.
+
+    Where it is ignored, as in a script's background, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield lambda: False
+        return
     interrupted = False
 
     def interrupt(*_: Any) -> None:

@@ -36,6 +36,14 @@ TEXT = " é 中文，字 🙂 a\nb\n\n" * 2
 TOKENIZERS = {"byte": BYTES, "bpe": train_bpe([TEXT * 3], 270)}
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """As on a terminal; a suite that runs in the background has interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def models(**overrides: Any) -> list[Model]:
     fields = {"vocab_size": len(BYTES), "max_position_embeddings": 64} | overrides
     return [build(**fields) for build in (tiny_dlcm, tiny_baseline)]
@@ -262,6 +270,13 @@ def test_an_interrupted_continuation_goes_on(boundaries: bool) -> None:
     assert len(first) == (5 if boundaries else 6)  # Ctrl-C came when the fifth was read, or had been drawn
     assert told == (text.ids if boundaries else first)
     assert first + text.go_on(20 - len(first), tell) == whole.ids[5:]
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with generate.until_interrupted() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupted()
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
