@@ -27,7 +27,7 @@ from dlcm.attention import causal_attention
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.cached_attention import cached_attention
 from dlcm.config import AttentionBackend, DLCMConfig, LlamaBaselineConfig, TokenBlocksConfig
-from dlcm.layout import CachedSlots, Extension, PackedLayout
+from dlcm.layout import CLOSING_LAG, CachedSlots, Extension, PackedLayout
 
 GROWTH, MIN_GROWTH = 1.25, 16  # a room that is full grows at least by that factor, and by so many entries
 
@@ -442,7 +442,7 @@ class ConceptCache(DecodingCache):
         count_BS, end_BS = self.slots["count"][0], self.slots["end"][0].long()
         slot_S = torch.arange(count_BS.shape[1], device=count_BS.device)
         # The first token whose newest slot is this one.
-        first_BS = torch.where(slot_S == 0, 0, end_BS + int(self.config.visibility == "closed"))
+        first_BS = torch.where(slot_S == 0, 0, end_BS + CLOSING_LAG[self.config.visibility])
         existed_BS = slot_S <= self.concepts_B[:, None]
         self.concepts_B.copy_((existed_BS & (slot_S > 0) & (first_BS < self.length_B[:, None])).sum(1))
         self.most_concepts = int(self.concepts_B.max())
@@ -454,11 +454,10 @@ class ConceptCache(DecodingCache):
         start_B = torch.where(self.concepts_B > 0, _entry(end_BS, self.concepts_B) + 1, 0)
         self.open_count_B.copy_(self.length_B - start_B)
         self.open_sum_BE.zero_()
-        row_T = torch.repeat_interleave(self.open_count_B)
-        first_T = (self.open_count_B.cumsum(0) - self.open_count_B)[row_T]
-        position_T = start_B[row_T] + torch.arange(len(row_T), device=row_T.device) - first_T
-        states_TE = self.tokens["states"][0][row_T, position_T]
-        self.open_sum_BE.index_add_(0, row_T, states_TE.to(self.open_sum_BE.dtype))
+        if self.open_count_B.any():
+            still = Extension.of(self.open_count_B.cpu(), start_B.cpu(), start_B.device)
+            states_TE = self.tokens["states"][0][still.row_T, still.layout.position_T]
+            self.open_sum_BE.index_add_(0, still.row_T, states_TE.to(self.open_sum_BE.dtype))
 
     def _for_each(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._for_each(change)

@@ -249,9 +249,11 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
     def _decode_many(
         self, input_ids_BL: Tensor, mask_BL: Tensor | None, cache: AnyCache
     ) -> tuple[Tensor, Boundaries | None, RowLayout]:
-        if mask_BL is None:
+        if mask_BL is None:  # which asks nothing of the device
+            rows, new_B = RowLayout.full(*input_ids_BL.shape)
             mask_BL = torch.ones_like(input_ids_BL)
-        rows, new_B = RowLayout.from_mask(mask_BL)
+        else:
+            rows, new_B = RowLayout.from_mask(mask_BL)
         past_B = cache.length_B.cpu()
         input_ids_T = rows.pack(input_ids_BL)
         if len(input_ids_T):

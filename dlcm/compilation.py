@@ -1,4 +1,6 @@
-"""torch.compile, region by region: what does not change from step to step stands inside, the rest outside. In training,
+"""torch.compile, region by region: what does not change from step to step stands inside, the rest outside.
+
+In training (decoding has versions of its own, see `compiled_for_decoding`):
 
     T, tokens of a batch               fixed
     M, concepts, and S, their slots    dynamic; M is a multiple of `CONCEPT_BUCKET`

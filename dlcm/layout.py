@@ -4,7 +4,8 @@ Inside the models everything is packed: one row of T tokens that holds D documen
 between (B, L) rows and that row, `PackedLayout` describes documents in a packed row (of tokens or of
 concepts), and `ConceptLayout` says which tokens make up a concept and which concepts a token may see.
 Causality lives in one function, `ConceptLayout.from_boundaries`: pooling, backbone, cross-attention and
-analysis read their geometry from it and never recompute it.
+analysis read their geometry from it and never recompute it. Decoding has no later tokens; its geometry, of what goes on
+behind a past, comes from `CLOSING_LAG` and `closing`, which say the same of one boundary.
 
 Shapes: T is fixed by the batch. M changes every step; compiled code is spared most of that by rounding it up to a
 multiple of a bucket, with concepts that have no token and that no token sees. And the host need not wait for it:
@@ -443,11 +444,14 @@ class Extension:
         layout: the new elements; a document for each row that has any, positions going on from its past.
         context: the same documents with their past.
         row_D: the row of each document.
+        row_T, row_U: the row of each new element, and of each element, past ones included.
     """
 
     layout: PackedLayout
     context: PackedLayout
     row_D: Tensor
+    row_T: Tensor
+    row_U: Tensor
 
     @classmethod
     def of(cls, new_B: Tensor, past_B: Tensor, device: torch.device) -> "Extension":
@@ -459,22 +463,23 @@ class Extension:
             for lengths_D in (new_D, past_D + new_D)
         )
         position_T = layout.position_T + past_D.to(device)[layout.document_T]
-        return cls(replace(layout, position_T=position_T), context, row_D.to(device))
-
-    @property
-    def row_T(self) -> Tensor:
-        """The row of each new element."""
-        return self.row_D[self.layout.document_T]
-
-    @property
-    def row_U(self) -> Tensor:
-        """The row of each element, past ones included."""
-        return self.row_D[self.context.document_T]
+        row_D = row_D.to(device)
+        rows = row_D[layout.document_T], row_D[context.document_T]
+        return cls(replace(layout, position_T=position_T), context, row_D, *rows)
 
     @property
     def last_D(self) -> Tensor:
         """The last new element of each document."""
         return self.layout.cu_seqlens_D1[1:].long() - 1
+
+
+# How many tokens after a segment's last one its boundary is, which closes it and is the first to see its concept.
+CLOSING_LAG: dict[Visibility, int] = {"closed": 1, "inclusive": 0}
+
+
+def closing(boundary_T: Tensor, tokens: PackedLayout, visibility: Visibility) -> Tensor:
+    """Which tokens close a segment, (T,) bool: under `closed` that before theirs, if there is one; else their own."""
+    return boundary_T & ~tokens.is_first_T if CLOSING_LAG[visibility] else boundary_T
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,15 +508,13 @@ class ClosedSegments:
 
     @classmethod
     def from_boundaries(cls, new: Extension, boundary_T: Tensor, visibility: Visibility) -> "ClosedSegments":
-        """The rule of `ConceptLayout.from_boundaries`, said of one boundary: `closed`, it ends the segment before its
-        token, if there is one, `inclusive` the segment of its token. Waits for the device.
-        """
-        tokens = new.layout
-        closing_T = boundary_T & ~tokens.is_first_T if visibility == "closed" else boundary_T
+        """The geometry that boundaries give behind a past (see `closing`). Waits for the device."""
+        tokens, lag = new.layout, CLOSING_LAG[visibility]
+        closing_T = closing(boundary_T, tokens, visibility)
         before_T = closing_T.cumsum(0) - closing_T.long()
         start_D = tokens.cu_seqlens_D1[:-1].long()
         closed_T = before_T - before_T[start_D][tokens.document_T] + closing_T
-        segment_T = closed_T if visibility == "closed" else closed_T - closing_T.long()
+        segment_T = closed_T if lag else closed_T - closing_T.long()
         segments_D = closed_T[new.last_D] + 1
         open_D = segments_D.cumsum(0) - 1
         first_D = open_D + 1 - segments_D
@@ -519,7 +522,7 @@ class ClosedSegments:
         is_open_G = torch.zeros(int(open_D[-1]) + 1, dtype=torch.bool, device=segment_T.device)
         is_open_G[open_D] = True
         length_G = torch.zeros_like(is_open_G, dtype=torch.long).scatter_add_(0, segment_T, torch.ones_like(segment_T))
-        end_M = tokens.position_T[closing_T] - int(visibility == "closed")
+        end_M = tokens.position_T[closing_T] - lag
         return cls(segment_T, length_G, first_D, open_D, (~is_open_G).nonzero().squeeze(1), end_M, closed_T)
 
 

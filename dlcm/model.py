@@ -27,7 +27,15 @@ from dlcm.cross_attention import CrossAttention
 from dlcm.decoding import Call, directly
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
 from dlcm.host import OnHost
-from dlcm.layout import ClosedSegments, ConceptLayout, ConceptRooms, Extension, PackedLayout
+from dlcm.layout import (
+    CLOSING_LAG,
+    ClosedSegments,
+    ConceptLayout,
+    ConceptRooms,
+    Extension,
+    PackedLayout,
+    closing,
+)
 
 
 @dataclass
@@ -232,7 +240,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             cache.reserve_concepts(closed.layout.max_seqlen)
             self._reason(mean_ME, segments.end_M, Appending(closed), cache.last_concept()[closed.row_D], cache)
             cache.concepts_B += closed_B
-            cache.most_concepts = int(cache.concepts_B.max())
+            cache.most_concepts += closed.layout.max_seqlen
 
         k_SKN, v_SKN, slots = cache.slots_seen(new, past_D[tokens.document_T] + segments.closed_T)
         cross = self.cross_attention
@@ -278,16 +286,16 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         where.write(cache.tokens["states"][0], h_BE)
         decided = Boundaries(decided.probability_T.masked_fill(~active_B, 0), decided.boundary_T & active_B)
 
-        inclusive = self.config.visibility == "inclusive"
-        if inclusive:
+        lag = CLOSING_LAG[self.config.visibility]
+        if lag == 0:
             self._add_to_open(h_BE, active_B, cache)
-        closing_B = decided.boundary_T & (cache.open_count_B > 0)
+        closing_B = closing(decided.boundary_T, where.layout, self.config.visibility)
         mean_BE = cache.open_sum_BE / cache.open_count_B.clamp(min=1)[:, None]
         cache.open_sum_BE.masked_fill_(closing_B[:, None], 0)
         cache.open_count_B.masked_fill_(closing_B, 0)
-        if not inclusive:
+        if lag:
             self._add_to_open(h_BE, active_B, cache)
-        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(h_BE.dtype), cache.length_B - int(not inclusive))
+        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(h_BE.dtype), cache.length_B - lag)
 
     def _add_to_open(self, h_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
         cache.open_sum_BE += h_BE.masked_fill(~active_B[:, None], 0)

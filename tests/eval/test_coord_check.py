@@ -5,12 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 import dlcm.mup
 import eval.coord_check as coord_check
-from dlcm.mup import ROLES
+from dlcm import LlamaBaselineForCausalLM
+from dlcm.mup import ROLES, parameter_groups
 from eval.bench import Row
-from eval.coord_check import AXES, STAGES, batches, main, measure, model_of, must_show, slope, slopes, steepest
+from eval.coord_check import AXES, STAGES, batches, main, measure, model_of, must_show, rms, slope, slopes, steepest
+from tests.conftest import tiny_baseline_config
 
 WIDTHS = (32, 64, 128, 256)
 STEPS = (1, 4)
@@ -36,6 +40,9 @@ def test_flat_under_mup(axis: str):
     found = slopes(measure(WIDTHS, STEPS, 2, (axis,), ("muP",)))
     assert len(found) == len(STAGES) * len(STEPS)
     assert steepest(found, "muP", axis) < FLAT, found
+    if axis != "both":  # where what changes in the very first step is steeper
+        last = [row for row in found if row["step"] == STEPS[-1]]
+        assert steepest(last, "muP", axis, "change") < FLAT, last
 
 
 @pytest.mark.parametrize(
@@ -63,6 +70,30 @@ def test_steep_where_mixed_width_matrices_follow_their_fan_out(axis: str, stage:
     monkeypatch.setattr(dlcm.mup, "ROLES", tuple((pattern, swapped.get(pattern, role)) for pattern, role in ROLES))
     found = measured(axis, "muP")
     assert found[stage]["scale"] > 1.5 * FLAT, found
+
+
+def test_the_baseline_is_flat_too():
+    """Its blocks are the encoder's: one stage is enough."""
+    looked_at, *training = batches(1 + STEPS[-1])
+    found = []
+    for width in WIDTHS:
+        torch.manual_seed(0)
+        heads = {"token_heads": width // 16, "token_kv_heads": width // 16, "token_ffn": 2 * width}
+        model = LlamaBaselineForCausalLM(
+            tiny_baseline_config(vocab_size=256, d_token=width, mup_base_width=64, initializer_range=0.1, **heads)
+        )
+        rates = {"lr_token": 3e-3, "lr_concept": None, "lr_boundary": None, "lr_other": 3e-3}
+        optimizer = torch.optim.AdamW(parameter_groups(model, model.config, **rates, eps=1e-12, weight_decay=0.0))
+        states: list[Tensor] = []
+        model.decoder.register_forward_hook(lambda module, inputs, output, states=states: states.append(output))
+        model(looked_at)
+        for ids_BL in training:
+            optimizer.zero_grad()
+            model(ids_BL, labels=ids_BL).loss.backward()
+            optimizer.step()
+        model(looked_at)
+        found.append((rms(states[-1].detach()), rms((states[-1] - states[0]).detach())))
+    assert all(abs(slope(WIDTHS, [size[i] for size in found])) < FLAT for i in (0, 1)), found
 
 
 def test_models_differ_in_width_alone():

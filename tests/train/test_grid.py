@@ -1,10 +1,12 @@
 """Grids: models of the parameters asked for, each run once, and what happens to those that fail or are stopped."""
 
 import functools
+import os
 import shutil
+import signal
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 
 import train.grid as grid_module
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
+from tests.train.conftest import Done
 from tests.train.tiny import prepare_tiny, write_config
 from train.config import RunConfig, load_run_config
 from train.grid import Point, load_points, main, size_and_share
@@ -214,6 +217,17 @@ def test_a_changed_grid_does_not_touch_runs_of_the_old_one(
     write_grid(grid.parent, data, run={"seed": 2})
     assert main([str(grid), "--no-fit"]) == 2
     assert "holds a run with other values of seed" in capsys.readouterr().err
+
+
+def test_a_stopped_run_stops_the_grid(grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def stopped(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Done:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Done(128 + signal.SIGTERM)
+
+    monkeypatch.setattr(Done, "send_signal", lambda process, number: None)
+    monkeypatch.setattr("train.runs.start", stopped)
+    assert main([str(grid)]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.count("stopped") == 1  # the second run was not begun
 
 
 def test_the_law_is_fitted_to_all_runs(grid: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch):
