@@ -175,7 +175,7 @@ class TransformerStack(nn.Module):
 
     def forward(self, x_TW: Tensor, layout: PackedLayout, past: Sequence[LayerPast] | None = None) -> Tensor:
         """(T, W) to (T, W); with a `past` of each layer, `layout` goes on from there."""
-        rope = rope_tables(layout.position_T, self.shape.head_dim, self.shape.config.rope_theta)
+        rope = self.rope(layout.position_T)
         for index, layer in enumerate(self.layers):
             if past is not None:
                 x_TW = layer(x_TW, rope, layout, past[index])
@@ -184,3 +184,6 @@ class TransformerStack(nn.Module):
             else:
                 x_TW = layer(x_TW, rope, layout)
         return x_TW
+
+    def rope(self, position_T: Tensor) -> Rope:
+        return rope_tables(position_T, self.shape.head_dim, self.shape.config.rope_theta)

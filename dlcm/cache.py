@@ -127,7 +127,8 @@ class Stepping:
         )
 
     def write(self, cache_BS: Tensor, x_B: Tensor, shift: int = 0) -> None:
-        cache_BS[self.layout.document_T, self.entry_B + shift] = x_B.to(cache_BS.dtype)
+        entry_B = self.entry_B + shift if shift else self.entry_B
+        cache_BS[self.layout.document_T, entry_B] = x_B.to(cache_BS.dtype)
 
     def attend(
         self,
@@ -138,9 +139,8 @@ class Stepping:
         v_BKN: Tensor,
         backend: AttentionBackend,
     ) -> Tensor:
-        self.write(keys_BSKN, k_BKN)
-        self.write(values_BSKN, v_BKN)
-        return cached_attention(q_BHN, keys_BSKN, values_BSKN, self.length_B)
+        newest_BKN = k_BKN.to(keys_BSKN.dtype), v_BKN.to(values_BSKN.dtype)
+        return cached_attention(q_BHN, keys_BSKN, values_BSKN, self.length_B, newest_BKN=newest_BKN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,12 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up here, 
 
 
 def cached_attention(
-    q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, count_BS: Tensor | None = None
+    q_BHN: Tensor,
+    k_BSKN: Tensor,
+    v_BSKN: Tensor,
+    length_B: Tensor,
+    count_BS: Tensor | None = None,
+    newest_BKN: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Each row's query attends to its cache, (B, H, N): by a fused kernel on CUDA where it runs, else written out.
 
@@ -28,13 +33,25 @@ def cached_attention(
         k_BSKN, v_BSKN: keys and values, of the queries' dtype; query head h reads head h // (H / K).
         length_B: entries of each row's cache, int32 or int64, at most S.
         count_BS: how often each entry counts, int32; None is once.
+        newest_BKN: key and value of each row's last entry, where all count once: they are put there first. A row that
+            sees no entry puts none.
     """
     if q_BHN.device.type == "cuda" and _HAS_TRITON:
         from dlcm.kernels import decode_attention as kernel
 
         if kernel.obstacle(q_BHN) is None:
-            return kernel.decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS)
+            return kernel.decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS, newest_BKN)
+    if newest_BKN is not None:
+        put_newest(k_BSKN, v_BSKN, length_B, *newest_BKN)
     return decode_attention_reference(q_BHN, k_BSKN, v_BSKN, length_B, count_BS)
+
+
+def put_newest(k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, newest_k_BKN: Tensor, newest_v_BKN: Tensor) -> None:
+    """Writes each row's last entry, if it has one."""
+    row_B, last_B = torch.arange(len(length_B), device=length_B.device), (length_B - 1).clamp(min=0)
+    sees_B11 = (length_B > 0)[:, None, None]
+    for cache_BSKN, x_BKN in ((k_BSKN, newest_k_BKN), (v_BSKN, newest_v_BKN)):
+        cache_BSKN[row_B, last_B] = x_BKN.to(cache_BSKN.dtype).where(sees_B11, cache_BSKN[row_B, last_B])
 
 
 def decode_attention_reference(

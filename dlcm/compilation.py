@@ -11,6 +11,7 @@ last batch of an evaluation. And all blocks of a kind share their code: three ar
 """
 
 import functools
+import itertools
 import os
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from dlcm.blocks import TransformerStack
 from dlcm.boundary import FixedDetector
 from dlcm.causal_lm import PackedCausalLM
+from dlcm.cross_attention import CrossAttention
 from dlcm.layout import ConceptRooms, PackedLayout
 from dlcm.model import DLCMForCausalLM
 
@@ -79,7 +81,8 @@ def compiled_for_decoding(model: PackedCausalLM, batch: int | None) -> Iterator[
             tokens, in one version for them all: what depends on the number of documents besides is not compiled.
     """
     before = []
-    for region in _regions(model):
+    regions = _regions(model) if batch is None else itertools.chain(_regions(model), _regions_of_steps(model))
+    for region in regions:
         before.append((region, vars(region.module).get(region.name)))
         function = getattr(type(region.module), region.name)
         if batch is not None or not region.by_document:
@@ -134,6 +137,13 @@ def _regions(model: PackedCausalLM) -> Iterator[_Region]:
         yield _Region(model.cross_attention, "queries", "cross")
         yield _Region(model.cross_attention, "keys_and_values", "cross", varying_rows=True)
         yield _Region(model.cross_attention, "after_attention", "cross")
+
+
+def _regions_of_steps(model: PackedCausalLM) -> Iterator[_Region]:
+    """What takes no time in training, but is many small kernels where a kernel's launch is what a step is made of."""
+    for name, module in model.named_children():
+        if isinstance(module, TransformerStack | CrossAttention):
+            yield _Region(module, "rope", name)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Attention of one query per row of a batch to that row's cache (see `dlcm/cached_attention.py`): flash-decoding.
 
     share    one program for a row, a key-value head and one of P parts of what the row has cached; it serves all query
-             heads that read the head, so that keys and values are loaded once
+             heads that read the head, so that keys and values are loaded once. The part that ends with the newest entry
+             writes it into the cache, if it is not there yet
     combine  one program for a row and a query head: the parts, weighted by how much of the softmax's sum they hold
 
 A row's parts are equal shares of its own length, which the device alone knows: however large the capacity, all work is
@@ -32,7 +33,12 @@ MAX_PARTS = 64
 
 
 def decode_attention(
-    q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, count_BS: Tensor | None = None
+    q_BHN: Tensor,
+    k_BSKN: Tensor,
+    v_BSKN: Tensor,
+    length_B: Tensor,
+    count_BS: Tensor | None = None,
+    newest_BKN: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Each row's query attends to the first entries of its cache, (B, H, N); zeros where a row sees none.
 
@@ -44,13 +50,18 @@ def decode_attention(
             numbers of a head next to each other: a cache is never copied.
         length_B: entries of each row's cache, int32 or int64, at most S.
         count_BS: how often each entry counts, int32; None is once.
+        newest_BKN: key and value of each row's last entry, to be put there; None has them there already.
 
     Raises:
         ValueError: the kernels do not run on these tensors; says what they need.
     """
     if problem := obstacle(q_BHN):
         raise ValueError(f"decode attention {problem}")
-    return _decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS)
+    if newest_BKN is None:
+        return _decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS)
+    if count_BS is not None:
+        raise ValueError("decode attention puts an entry where all count once")
+    return _append_and_attend(q_BHN, k_BSKN, v_BSKN, length_B, *newest_BKN)
 
 
 def obstacle(q_BHN: Tensor) -> str | None:
@@ -73,6 +84,25 @@ def obstacle(q_BHN: Tensor) -> str | None:
 def _decode_attention(
     q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, count_BS: Tensor | None
 ) -> Tensor:
+    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, count_BS, None, None)
+
+
+@torch.library.custom_op("dlcm::append_and_attend", mutates_args=("k_BSKN", "v_BSKN"))
+def _append_and_attend(
+    q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, newest_k_BKN: Tensor, newest_v_BKN: Tensor
+) -> Tensor:
+    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, None, newest_k_BKN.contiguous(), newest_v_BKN.contiguous())
+
+
+def _launch(
+    q_BHN: Tensor,
+    k_BSKN: Tensor,
+    v_BSKN: Tensor,
+    length_B: Tensor,
+    count_BS: Tensor | None,
+    newest_k_BKN: Tensor | None,
+    newest_v_BKN: Tensor | None,
+) -> Tensor:
     if any(x is not None and x.stride(-1) != 1 for x in (k_BSKN, v_BSKN, count_BS)):
         raise ValueError("decode attention needs keys, values and counts whose last dimension has stride 1")
     batch, heads, head_dim = q_BHN.shape
@@ -86,6 +116,7 @@ def _decode_attention(
     with torch.cuda.device_of(q_BHN):
         _share_kernel[(batch * kv_heads, parts)](
             *(q_BHN.contiguous(), k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B.contiguous(), count_BS),
+            *(newest_k_BKN, newest_v_BKN),
             head_dim**-0.5 * LOG2_E,
             kv_heads,
             *k_BSKN.stride()[:3],
@@ -116,7 +147,8 @@ def _decode_attention(
 
 
 @_decode_attention.register_fake
-def _(q_BHN, k_BSKN, v_BSKN, length_B, count_BS):
+@_append_and_attend.register_fake
+def _(q_BHN, *_):
     return q_BHN.new_empty(q_BHN.shape)
 
 
@@ -137,7 +169,7 @@ def _tile_entries(block_n: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def _share_kernel(
-    q_BHN, k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B, count_BS, scale_log2, kv_heads,
+    q_BHN, k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B, count_BS, newest_k_BKN, newest_v_BKN, scale_log2, kv_heads,
     k_stride_B, k_stride_S, k_stride_K, v_stride_B, v_stride_S, v_stride_K, count_stride_B,
     GROUP: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,6 +195,19 @@ def _share_kernel(
     max_G = tl.full([BLOCK_G], float("-inf"), tl.float32)
     sum_G = tl.zeros([BLOCK_G], tl.float32)
     out_GN = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    if newest_k_BKN is not None:
+        newest = length - 1
+        ends = (end == length) & (length > 0)  # this part ends with it; the others do not see it
+        at_N = row_and_head * N + n_N
+        k_N = tl.load(newest_k_BKN + at_N, mask=real_N, other=0.0)
+        v_N = tl.load(newest_v_BKN + at_N, mask=real_N, other=0.0)
+        tl.store(k_row_N + newest.to(tl.int64) * k_stride_S, k_N, mask=real_N & ends)
+        tl.store(v_row_N + newest.to(tl.int64) * v_stride_S, v_N, mask=real_N & ends)
+        score_G = tl.sum(q_GN.to(tl.float32) * k_N.to(tl.float32)[None, :], 1) * scale_log2
+        max_G = tl.where(ends, score_G, max_G)
+        sum_G = tl.where(ends, 1.0, sum_G)
+        out_GN = tl.where(ends, v_N.to(tl.float32)[None, :], out_GN)
+        end = tl.where(ends, newest, end)
     for s0 in tl.range(begin, end, BLOCK_S):
         s_S = s0 + tl.arange(0, BLOCK_S)
         seen_S = s_S < end

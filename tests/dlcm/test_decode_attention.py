@@ -215,6 +215,41 @@ def test_no_rows_and_no_capacity():
             assert torch.equal(attend(*step.arguments), torch.zeros_like(step.q_BHN))
 
 
+# The newest entry, put there on the way
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
+    st.sampled_from(HEADS),
+    st.sampled_from([16, 24]),
+    st.sampled_from([1, 2, 5]),
+    st.integers(0, 2**16),
+)
+def test_newest_entry_is_put_there_and_seen(
+    lengths: list[int], heads: tuple[int, int], head_dim: int, parts: int, seed: int
+):
+    """By the kernel and by its twin; nothing else of the cache changes."""
+    step = random_step(lengths, *heads, head_dim, seed=seed)
+    there_BS = torch.arange(CAPACITY, device=DEVICE) == step.length_B[:, None] - 1
+    last_B = (step.length_B - 1).clamp(min=0)
+    rows = torch.arange(len(lengths), device=DEVICE)
+    newest_BKN = tuple(x_BSKN[rows, last_B].nan_to_num(posinf=0) for x_BSKN in (step.k_BSKN, step.v_BSKN))
+    for attend in (decode_attention, cached_attention if DEVICE.type == "cpu" else decode_attention):
+        caches = [x.masked_fill(there_BS[:, :, None, None], torch.nan) for x in (step.k_BSKN, step.v_BSKN)]
+        with in_parts(parts):
+            out_BHN = attend(step.q_BHN, *caches, step.length_B, newest_BKN=newest_BKN)
+        assert_is_dense(out_BHN, step)
+        for cache_BSKN, x_BSKN in zip(caches, (step.k_BSKN, step.v_BSKN), strict=True):
+            torch.testing.assert_close(cache_BSKN, x_BSKN, rtol=0, atol=0, equal_nan=True)
+
+
+def test_newest_entry_counts_once():
+    step = random_step([5, 3], counted=True)
+    with pytest.raises(ValueError, match="where all count once"):
+        decode_attention(*step.arguments, newest_BKN=(step.k_BSKN[:, 0], step.v_BSKN[:, 0]))
+
+
 # How a cache lies in memory
 
 
@@ -274,6 +309,13 @@ def test_operator_is_registered_as_it_should_be(counted: bool, parts: int):
     step = random_step([CAPACITY, 7, 0], counted=counted)
     with in_parts(parts):
         torch.library.opcheck(torch.ops.dlcm.decode_attention.default, step.arguments)
+        if not counted:
+            appended = (
+                *step.arguments[:4],
+                step.k_BSKN[:, 0].nan_to_num(posinf=0),
+                step.v_BSKN[:, 0].nan_to_num(posinf=0),
+            )
+            torch.library.opcheck(torch.ops.dlcm.append_and_attend.default, appended)
 
 
 @pytest.mark.parametrize("attend", [decode_attention, cached_attention])
