@@ -94,6 +94,12 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tell(row: Row) -> None:
+    """A row as it comes, for who is waiting."""
+    shown = (f"{value:.5g}" if isinstance(value, float) else str(value) for value in row.values() if value is not None)
+    print("  ".join(shown), flush=True)
+
+
 def write_json(path: Path, recorded: Mapping[str, Any], must_show: Mapping[str, Bar], **content: Any) -> None:
     """Writes a benchmark's record, its bars and whatever else it has to say; what is not finite becomes null."""
     bars = {name: {"value": bar.value, "target": bar.target, "holds": bar.holds} for name, bar in must_show.items()}

@@ -58,9 +58,9 @@ from dlcm.compilation import compile_blocks_
 from dlcm.flops import HALF, Config, cache_bytes_per_token, decode_bytes, parameter_counts, prefill_flops
 from dlcm.layout import PackedLayout
 from eval.accounting import CONFIGS, build
-from eval.bench import Row, bars_table, merge_records, one_line, record, write_csv, write_json
+from eval.bench import Row, bars_table, merge_records, one_line, record, tell, write_csv, write_json
 from eval.bench_decode_report import MODELS, PAIRS, merge_rows, must_show, page, plot, summary
-from eval.bench_training import released_memory, tell
+from eval.bench_training import released_memory
 from eval.held_out import held_out
 from eval.loading import EvaluationError, LoadedCheckpoint, encode_document, load_checkpoint, report_errors
 from train.config import build_model_config, load_run_config

@@ -2,11 +2,11 @@
 
     python -m eval.bench_questions RUN_DLCM RUN_LLAMA --questions eval.jsonl.xz [--output docs/results]
 
-All questions are scored in bf16, from text to scores, and that is timed; then in fp32, and what this decides otherwise
-is counted: boundaries near their threshold, and answers. The first questions of each task are scored in fp32 in batches
-of 1, 3 and 16, and their log-likelihoods compared.
+All questions are scored in bf16, from text to scores, and that is timed. The first of each task are also scored in
+fp32, and what this decides otherwise is counted: boundaries near their threshold, and answers. Of these the first are
+scored in fp32 in batches of 1, 3 and 16, and their log-likelihoods compared.
 
-Writes evaluation.json and evaluation.md.
+Writes evaluation.json and evaluation.md, after every checkpoint.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from eval.bench import Bar, Row, bars_table, markdown_table, record, record_lines, worst, write_json
+from eval.bench import Bar, Row, bars_table, markdown_table, record, record_lines, tell, worst, write_json
 from eval.loading import LoadedCheckpoint, load_checkpoint, report_errors
 from eval.questions import Question, read_questions, score_task, selected
 from eval.report import labels_of
@@ -25,7 +25,10 @@ from eval.scoring import Scorer
 
 MOST_SECONDS, MOST_DIFFERENCE = 180.0, 1e-4
 BATCHES = (1, 3, 16)
-COMPARED = 16  # questions of each task
+CHECKED, COMPARED = (
+    500,
+    16,
+)  # questions of each task, in fp32, whose attention goes document by document; and in batches
 WARM_UP = 32
 
 
@@ -35,15 +38,18 @@ def measure(path: Path, tasks: Mapping[str, Sequence[Question]]) -> Row:
     scorer, wide = Scorer(loaded.model, loaded.tokenizer, "bfloat16"), Scorer(loaded.model, loaded.tokenizer, "float32")
     for name, of in tasks.items():  # kernels are compiled, and memory is found
         score_task(scorer, of[:WARM_UP], name)
-    found = [score_task(scorer, of, name, reference=wide) for name, of in tasks.items()]
+    found = [score_task(scorer, of, name) for name, of in tasks.items()]
     questions, seconds = sum(len(of.answers) for of in found), sum(of.seconds for of in found)
-    checks = [dataclasses.asdict(of.check) for of in found if of.check is not None]
+    tell({"checkpoint": path, "questions": questions, "seconds": seconds})
+    checked = [score_task(scorer, of[:CHECKED], name, reference=wide) for name, of in tasks.items()]
+    checks = [dataclasses.asdict(of.check) for of in checked if of.check is not None]
     return {
         "parameters": loaded.model.num_parameters(),
         "questions": questions,
         "seconds": seconds,
         "questions_per_second": questions / seconds,
         "device": found[0].device,
+        "checked": sum(len(of.answers) for of in checked),
         **{name: sum(check[name] for check in checks) for name in ("tokens", "boundaries", "answers")},
         "largest_difference": largest_difference(loaded, tasks),
     }
@@ -74,7 +80,16 @@ def must_show(rows: Sequence[Row]) -> dict[str, Bar]:
 
 def page(recorded: Mapping, rows: Sequence[Row], file: str) -> str:
     """The results in markdown."""
-    header = ("checkpoint", "parameters", "questions", "seconds", "a second", "boundaries that differ", "answers")
+    header = (
+        "checkpoint",
+        "parameters",
+        "questions",
+        "seconds",
+        "a second",
+        "checked in fp32",
+        "boundaries that differ",
+        "answers",
+    )
     lines = [
         (
             row["checkpoint"],
@@ -82,6 +97,7 @@ def page(recorded: Mapping, rows: Sequence[Row], file: str) -> str:
             f"{row['questions']:,}",
             f"{row['seconds']:.1f}",
             f"{row['questions_per_second']:,.0f}",
+            f"{row['checked']:,}",
             f"{row['boundaries']:,} of {row['tokens']:,} tokens",
             f"{row['answers']:,}",
         )
@@ -91,9 +107,9 @@ def page(recorded: Mapping, rows: Sequence[Row], file: str) -> str:
 
 {bars_table(must_show(rows))}
 
-The questions of {file}, from text to scores in bf16; the last two columns count what fp32 decides otherwise. A
-boundary that differs is a token whose p lies within rounding of the threshold. `eval/bench_questions.py` says how it is
-measured.
+The questions of {file}, from text to scores in bf16; the last columns count what fp32 decides otherwise on the first
+{CHECKED} of each task. A boundary that differs is a token whose p lies within rounding of the threshold.
+`eval/bench_questions.py` says how it is measured.
 
 {markdown_table(header, lines)}
 
@@ -112,12 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     tasks = selected(read_questions(options.questions), None, options.limit)
     recorded = record(options.commit)
-    rows = [{"checkpoint": name} | measure(path, tasks) for name, path in labels_of(options.checkpoints).items()]
-    bars = must_show(rows)
-    write_json(options.output / "evaluation.json", recorded, bars, limit=options.limit, rows=rows)
-    text = page(recorded, rows, options.questions.name)
-    (options.output / "evaluation.md").write_text(text, encoding="utf-8")
-    print(bars_table(bars))
+    rows: list[Row] = []
+    for name, path in labels_of(options.checkpoints).items():
+        rows.append({"checkpoint": name} | measure(path, tasks))
+        tell(rows[-1])
+        write_json(options.output / "evaluation.json", recorded, must_show(rows), limit=options.limit, rows=rows)
+        text = page(recorded, rows, options.questions.name)
+        (options.output / "evaluation.md").write_text(text, encoding="utf-8")
+    print(bars_table(must_show(rows)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from dlcm.boundary import LearnedDetector
 from dlcm.compilation import compile_blocks_
 from dlcm.config import CrossAttentionBackend
 from dlcm.layout import PackedLayout
-from eval.bench import Row, bars_table, merge_records, one_line, record, write_csv, write_json
+from eval.bench import Row, bars_table, merge_records, one_line, record, tell, write_csv, write_json
 from eval.bench_training_report import (
     PAIRS,
     PARTS,
@@ -411,12 +411,6 @@ def released_memory() -> Iterator[None]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def tell(row: Row) -> None:
-    """A row as it comes, for who is waiting."""
-    shown = (f"{value:.5g}" if isinstance(value, float) else str(value) for value in row.values() if value is not None)
-    print("  ".join(shown), flush=True)
 
 
 @report_errors
