@@ -565,7 +565,7 @@ def batches(directory: Path, verify: bool = True) -> dict[int, Any]:
     train, validation = (TokenShards(directory, split, verify) for split in ("train", "validation"))
     train.check_tokenizer(load_tokenizer(str(directory)))
     loader = PackedLoader(train, 32, 8, 0)
-    found = [loader.batch(step) for step in range(loader.windows_per_epoch // 8 + 1)]
+    found = [loader.batch(step) for step in range(loader.windows_per_epoch[0] // 8 + 1)]
     found += validation_batches(validation, 32, 8, None)
     for batch in found:
         assert 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < train.vocab_size
