@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -372,6 +373,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_file(directory: Path, name: str, size: int | None, sha256: str | None) -> None:
     """Raise DataError unless the file is there, has `size` bytes and hashes to `sha256` (None: not checked)."""
     path = directory / name
@@ -425,33 +435,39 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def _check_manifest(manifest: Any) -> None:
     """Raise ValueError, saying what is wrong, unless readers can rely on everything the manifest says."""
-    _check_fields("the manifest", manifest, {})
+    check_fields("the manifest", manifest, {})
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
-    _check_fields("the manifest", manifest, MANIFEST_FIELDS)
-    _check_fields("tokenizer", manifest["tokenizer"], TOKENIZER_FIELDS)
+    check_fields("the manifest", manifest, MANIFEST_FIELDS)
+    check_fields("tokenizer", manifest["tokenizer"], TOKENIZER_FIELDS)
     if manifest["dtype"] not in TOKEN_DTYPES:
         raise ValueError(f"dtype '{manifest['dtype']}' is none of {', '.join(TOKEN_DTYPES)}")
     for name, split in manifest["splits"].items():
         if name not in SPLITS:
             raise ValueError(f"split '{name}' is none of {', '.join(SPLITS)}")
-        _check_fields(name, split, {"shards": list})
+        check_fields(name, split, {"shards": list})
         if not split["shards"]:
             raise ValueError(f"split '{name}' has no shards")
-        for number, shard in enumerate(split["shards"]):
-            where = f"shard {number} of {name}"
-            _check_fields(where, shard, SHARD_FIELDS)
-            # Nothing else is opened, so no manifest can point outside its directory.
-            if (shard["file"], shard["index_file"]) != shard_files(name, number):
-                raise ValueError(f"{where} is called '{shard['file']}' and '{shard['index_file']}'")
-            if shard["tokens"] < 1 or shard["documents"] < 1:
-                raise ValueError(f"{where} is empty")
+        check_shards(name, split["shards"])
     if manifest["fingerprint"] != fingerprint(manifest):
         raise ValueError("edited, its fingerprint no longer fits")
 
 
-def _check_fields(where: str, value: Any, fields: dict[str, Any]) -> None:
+def check_shards(split: str, shards: list[Any]) -> None:
+    """Raise ValueError unless these are a list of shards of this split, as a manifest has it."""
+    for number, shard in enumerate(shards):
+        where = f"shard {number} of {split}"
+        check_fields(where, shard, SHARD_FIELDS)
+        # Nothing else is opened, so no manifest can point outside its directory.
+        if (shard["file"], shard["index_file"]) != shard_files(split, number):
+            raise ValueError(f"{where} is called '{shard['file']}' and '{shard['index_file']}'")
+        if shard["tokens"] < 1 or shard["documents"] < 1:
+            raise ValueError(f"{where} is empty")
+
+
+def check_fields(where: str, value: Any, fields: dict[str, Any]) -> None:
+    """Raise ValueError unless `value` is a dictionary whose `fields` are of these types."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, not a JSON object")
     for key, kind in fields.items():
