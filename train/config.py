@@ -355,14 +355,15 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str,
     """(source, content) of a file's bases, oldest first, then of the file itself."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: is its own base; remove one of the `base` keys")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     base = content.pop("base", None)
     if base is None:
         return [(str(path), content)]
     return [*_read_with_bases(path.parent / str(base), (*seen, path.resolve())), (str(path), content)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file. Raises ConfigError where it is none."""
     try:
         _check_depth(path.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -379,7 +380,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_resolved(path: Path) -> None:
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if "base" in content:
         raise ConfigError(f"{path}: names a base, which the record of a run never does; write its keys into the file")
     for key, value in _flatten(content).items():

@@ -2,6 +2,7 @@
 
     python -m train.prepare data/embedded.jsonl.xz --output runs/data --tokenizer bpe:4096
     python -m train.prepare hub:NAME:CONFIG --streaming --output runs/data --tokenizer HUB_ID
+    python -m train.prepare --corpus configs/table1/corpora.yaml megamath-web --workers 64
 
 A document becomes [bos] + tokens + [eos], with those of the two that the tokenizer defines. Whether it belongs to
 validation depends on its text and the seed alone, so neither the order of the inputs nor the number of workers
@@ -36,6 +37,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from train.config import ConfigError
+from train.corpora import corpus_arguments
 from train.data import (
     FORMAT_VERSION,
     INDEX_DTYPE,
@@ -82,6 +85,7 @@ class PrepareArguments:
     streaming: bool = False
     workers: int = os.cpu_count() or 1
     shard_tokens: int = 100_000_000
+    max_tokens: int | None = None
     dtype: str | None = None
     seed: int = 0
     skip_bad: bool = False
@@ -93,6 +97,8 @@ class PrepareArguments:
             raise DataError(f"--workers {self.workers}: must be at least 1")
         if self.shard_tokens < 1:
             raise DataError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise DataError(f"--max-tokens {self.max_tokens}: must be at least 1")
 
 
 def prepare(arguments: PrepareArguments) -> dict[str, Any]:
@@ -130,11 +136,15 @@ def prepare(arguments: PrepareArguments) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 2 with one `error:` line on stderr when the request cannot be met."""
-    parser = _argument_parser()
-    options = vars(parser.parse_args(argv))
     try:
-        prepare(PrepareArguments(**options | {"inputs": tuple(options["inputs"])}))
-    except (DataError, TokenizerError, OSError) as error:  # an OSError names its file and what is wrong with it
+        options = _options(sys.argv[1:] if argv is None else list(argv))
+        prepare(PrepareArguments(**options))
+    except (
+        ConfigError,
+        DataError,
+        TokenizerError,
+        OSError,
+    ) as error:  # an OSError names its file and what is wrong with it
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -148,6 +158,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _options(argv: list[str]) -> dict[str, Any]:
+    """Fields of `PrepareArguments`: those of the corpus that is named, then those of the command line, which win."""
+    parser = _argument_parser()
+    options = parser.parse_args(argv)
+    if options.corpus is not None:
+        if options.inputs:
+            parser.error("give either INPUTs or a --corpus, which names its own")
+        file, name = options.corpus
+        known = [field.name for field in fields(PrepareArguments)]
+        options = parser.parse_args([*corpus_arguments(Path(file), name, known), *argv])
+    if not options.inputs or options.output is None:
+        parser.error("INPUT and --output are required, unless a --corpus says them")
+    return {key: value for key, value in vars(options).items() if key != "corpus"} | {"inputs": tuple(options.inputs)}
+
+
 def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train.prepare",
@@ -155,8 +180,9 @@ def _argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="file, directory, hub:NAME[:CONFIG] or disk:PATH")
-    add("--output", type=Path, required=True, metavar="DIR", help="directory to write")
+    add("inputs", nargs="*", metavar="INPUT", help="file, directory, hub:NAME[:CONFIG[:FOLDER]] or disk:PATH")
+    add("--corpus", nargs=2, metavar=("FILE", "NAME"), help="a corpus that a YAML file describes, instead of INPUTs")
+    add("--output", type=Path, metavar="DIR", help="directory to write")
     add("--tokenizer", help="byte, bpe:SIZE (trained on the training split), a path or a hub id")
     add("--validation-fraction", type=float, help="share of documents held out")
     add("--text-column", help="where rows keep their text")
@@ -164,6 +190,7 @@ def _argument_parser() -> argparse.ArgumentParser:
     add("--streaming", action="store_true", help="read hub: datasets without downloading them first")
     add("--workers", type=int, help="processes that tokenise")
     add("--shard-tokens", type=int, help="a shard is closed once it has this many tokens")
+    add("--max-tokens", type=int, help="stop after the document that makes it so many, over all splits")
     add("--dtype", choices=sorted(TOKEN_DTYPES), help="of stored ids; the smallest that holds the vocabulary")
     add("--seed", type=int, help="draws the validation documents")
     add("--skip-bad", action="store_true", help="leave unusable documents out and count them")
@@ -199,6 +226,7 @@ def _request(
         "validation_fraction": arguments.validation_fraction,
         "text_column": arguments.text_column,
         "shard_tokens": arguments.shard_tokens,
+        "max_tokens": arguments.max_tokens,
         "dtype": arguments.dtype,
         "seed": arguments.seed,
         "skip_bad": arguments.skip_bad,
@@ -213,7 +241,7 @@ def _existing_manifest(output: Path, request: dict[str, Any]) -> dict[str, Any] 
         raise DataError(f"--output {output}: exists and is not prepared data; name another directory")
     manifest = read_manifest(output)
     previous = manifest["arguments"]
-    differing = [key for key in request if key not in previous or previous[key] != request[key]]
+    differing = [key for key in request if previous.get(key) != request[key]]
     if differing:
         raise DataError(
             f"--output {output}: holds data prepared differently ({', '.join(differing)}); "
@@ -228,7 +256,7 @@ def _is_empty_directory(path: Path) -> bool:
 
 def _check_same_request(output: Path, staging: Path, progress: Progress, request: dict[str, Any]) -> None:
     """Raise DataError unless this request comes to what the unfinished one would have come to."""
-    differing = [key for key in request if progress.request.get(key, ...) != request[key]]
+    differing = [key for key in request if progress.request.get(key) != request[key]]
     if differing == ["skip_bad"] and progress.place.skipped == progress.empty == 0:
         return  # it has not mattered yet
     if differing:
@@ -431,6 +459,7 @@ class SplitWriter:
         self, directory: Path, split: str, shard_tokens: int, dtype: np.dtype, saved: dict[str, Any] | None = None
     ) -> None:
         self.text_bytes = 0
+        self.tokens = 0
         self.shards: list[dict[str, Any]] = []
         self._directory = directory
         self._split = split
@@ -450,6 +479,7 @@ class SplitWriter:
         self.text_bytes += text_bytes
         self._starts.append(self._tokens)
         self._tokens += len(ids)
+        self.tokens += len(ids)
         self._id_buffer += ids.tobytes()
         record = {"source": document.source, "domain": document.domain, "bytes": text_bytes, "tokens": len(ids)}
         self._record_buffer += json.dumps(record).encode() + b"\n"
@@ -463,7 +493,7 @@ class SplitWriter:
         if self._starts:
             self._end_shard()
         return {
-            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "tokens": self.tokens,
             "documents": sum(shard["documents"] for shard in self.shards),
             "text_bytes": self.text_bytes,
             "shards": self.shards,
@@ -497,6 +527,7 @@ class SplitWriter:
             raise DataError(f"{own}: missing; delete {self._directory} and prepare it anew")
         self._start_shard()
         self._tokens, self._listing_bytes = saved["tokens"], saved["listing_bytes"]
+        self.tokens = self._tokens + sum(shard["tokens"] for shard in self.shards)
         index_bytes = saved["documents"] * INDEX_DTYPE.itemsize
         kept = {Path(shard[key]).name for shard in self.shards for key in ("file", "index_file")}
         for name, size, sha256 in (
@@ -607,7 +638,12 @@ def _write_shards(
         of_splits = {name: writer.save() for name, writer in writers.items()}
         write_progress(staging, Progress(request, identity, place, empty.skipped, measure.saved(), of_splits))
 
+    def tokens() -> int:
+        return sum(writer.tokens for writer in writers.values())
+
     documents = _documents(arguments, sources, bad, place)
+    if arguments.max_tokens is not None and tokens() >= arguments.max_tokens:  # it was ended just then
+        documents = iter(())
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
     complete = sum(len(writer.shards) for writer in writers.values())
     try:
@@ -624,6 +660,8 @@ def _write_shards(
                 before, complete = complete, sum(len(writer.shards) for writer in writers.values())
                 if complete > before:
                     save()
+                if arguments.max_tokens is not None and tokens() >= arguments.max_tokens:
+                    break
     except NetworkError:
         if place != START:
             save()  # all that was read before, up to what is still being tokenised
