@@ -139,12 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _options(sys.argv[1:] if argv is None else list(argv))
         prepare(PrepareArguments(**options))
-    except (
-        ConfigError,
-        DataError,
-        TokenizerError,
-        OSError,
-    ) as error:  # an OSError names its file and what is wrong with it
+    except (ConfigError, DataError, TokenizerError, OSError) as error:  # an OSError names its file and what is wrong
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

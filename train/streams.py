@@ -72,11 +72,13 @@ class Stream:
     def rows(self, start: int, state: dict[str, Any] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Numbers, from 1, and contents of the rows after the first `start`, whose reading ended in `state`.
 
+        Without a state, because they were not read as a stream, those first rows are read again.
+
         Raises:
             NetworkError: the network failed too often.
             DataError: the dataset is damaged, or cannot be taken up from that state.
         """
-        patience, number = Patience(self._name), start
+        patience, number = Patience(self._name), 0 if state is None else start
         if state is not None and not _fits(state, self._dataset.state_dict()):
             raise DataError(f"{self._name}: cannot be read beyond row {start}: its state is none of this dataset")
         self.state = state
@@ -88,7 +90,8 @@ class Stream:
                     self.state = self._dataset.state_dict()
                     number += 1
                     patience.succeeded()
-                    yield number, row
+                    if number > start:
+                        yield number, row
                 return
             except Exception as error:
                 try:

@@ -156,6 +156,18 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(read) < DOCUMENTS - progress.documents and read[0] > progress.place.row
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_streaming_may_be_switched_in_between(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _ = source("stream", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SplitWriter, "add", failing_after(90, KeyboardInterrupt()))
+        prepare(arguments(inputs, tmp_path / "out", streaming=streaming))
+    assert read_progress(tmp_path / "out.tmp") is not None
+    prepare(arguments(inputs, tmp_path / "out", streaming=not streaming))
+    prepare(arguments(inputs, tmp_path / "whole"))
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
 def test_command_line_says_what_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
