@@ -127,16 +127,23 @@ class Text:
 
 
 def validation_text(run: RunConfig, state: TrainingState, max_tokens: int | None) -> Text:
-    """The validation split of a run's data.
+    """The validation split of a run's data; of a mixture, those of all sources, each by its share of `max_tokens`.
 
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the run was trained on.
     """
-    of_run = held_out(run, state, "--text")
-    ids_T, start_D = of_run.shards.window(0, of_run.shards.num_tokens)
-    labels_D = [(row["domain"], row["source"]) for row in of_run.rows]
-    name = f"validation split of {of_run.shards.path}"
-    return Text.of(name, ids_T, start_D, labels_D, run.data.sequence_length, max_tokens)
+    ids, starts = [np.array([], dtype=IDS)], [np.array([], dtype=IDS)]
+    labels_D: list[tuple[str | None, str]] = []
+    sources, length = held_out(run, state, "--text"), 0
+    for source in sources:
+        if most := source.most(max_tokens):
+            ids_T, start_D = source.shards.window(0, most)
+            ids.append(ids_T)
+            starts.append(start_D + length)
+            labels_D += [(row["domain"], row["source"]) for row in source.rows[: len(start_D)]]
+            length += most
+    name = f"validation split of {', '.join(str(source.shards.path) for source in sources)}"
+    return Text.of(name, np.concatenate(ids), np.concatenate(starts), labels_D, run.data.sequence_length)
 
 
 def text_of_files(

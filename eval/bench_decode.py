@@ -46,6 +46,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -558,8 +559,8 @@ def read_text(loaded: LoadedCheckpoint, file: Path | None) -> Tensor:
             return encode_document(loaded.tokenizer, file.read_text(encoding="utf-8")).input_ids_1T[0]
         except UnicodeDecodeError as error:
             raise EvaluationError(f"{file} is not UTF-8 at byte {error.start}; convert it") from error
-    shards = held_out(loaded.run, loaded.state, "--text").shards
-    return torch.from_numpy(shards.window(0, min(shards.num_tokens, MOST_TEXT))[0])
+    sources = held_out(loaded.run, loaded.state, "--text")
+    return torch.from_numpy(np.concatenate([source.shards.window(0, source.most(MOST_TEXT))[0] for source in sources]))
 
 
 def windows(ids_T: Tensor, rows: int, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The validation split of a run's data, document by document: what every evaluation of its own text begins with."""
+"""The validation splits of a run's data, document by document: what every evaluation of its own text begins with."""
 
 import json
 from dataclasses import dataclass
@@ -8,28 +8,38 @@ from typing import Any
 
 from train.checkpoint import TrainingState
 from train.config import RunConfig
-from train.data import DataError, TokenShards
+from train.data import DataError, Mixture, TokenShards
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Documents that a run did not train on.
+    """Documents of one source that a run did not train on.
 
     Attributes:
+        share: the part of what the run reads that comes from this source; 1 where it is the only one.
         shards: their tokens, bos and eos included.
         listing: the file that describes them.
         rows: what it says of each: source, domain, bytes, tokens.
         starts: where each document's tokens begin, and where the last one's end.
     """
 
+    share: float
     shards: TokenShards
     listing: Path
     rows: list[dict[str, Any]]
     starts: list[int]
 
+    def most(self, tokens: int | None) -> int:
+        """How many of its tokens belong to so many of all sources; None stands for all of them."""
+        return (
+            self.shards.num_tokens
+            if tokens is None
+            else min(self.shards.num_tokens, max(0, round(self.share * tokens)))
+        )
 
-def held_out(run: RunConfig, state: TrainingState, instead: str) -> HeldOut:
-    """The validation split.
+
+def held_out(run: RunConfig, state: TrainingState, instead: str) -> list[HeldOut]:
+    """The validation split of every source.
 
     Args:
         run, state: of the checkpoint that it is to be held out of.
@@ -38,12 +48,16 @@ def held_out(run: RunConfig, state: TrainingState, instead: str) -> HeldOut:
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
     """
-    shards = TokenShards(run.data.path, "validation", verify=False)
-    if shards.fingerprint != state.data_fingerprint:
+    mixture = Mixture.open(run.data.sources(), "validation", verify=False)
+    if mixture.fingerprint != state.data_fingerprint:
         raise DataError(
-            f"{shards.path}: no longer the data that {run.output} was trained on, which may have included this "
-            f"validation split; restore it, or give {instead} FILE"
+            f"{', '.join(str(one.path) for one in mixture.shards)}: no longer the data that {run.output} was trained "
+            f"on, which may have included this validation split; restore it, or give {instead} FILE"
         )
+    return [_described(share, shards) for share, shards in zip(mixture.shares, mixture.shards, strict=True)]
+
+
+def _described(share: float, shards: TokenShards) -> HeldOut:
     listing = shards.path / "validation" / "documents.jsonl"
     try:
         rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
@@ -52,4 +66,4 @@ def held_out(run: RunConfig, state: TrainingState, instead: str) -> HeldOut:
         starts = [0]
     if starts[-1] != shards.num_tokens:
         raise DataError(f"{listing}: does not describe the shards beside it; delete {shards.path} and prepare it anew")
-    return HeldOut(shards, listing, rows, starts)
+    return HeldOut(share, shards, listing, rows, starts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from eval.held_out import held_out
+from eval.held_out import HeldOut, held_out
 from eval.loading import EvaluationError, LoadedCheckpoint, decode, encode_document
 
 DOMAINS = {"en": "English", "code": "code", "zh": "Chinese"}  # label in the data, name in words
@@ -30,15 +30,19 @@ def held_out_passages(loaded: LoadedCheckpoint, domains: Mapping[str, str] = DOM
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
     """
-    of_run = held_out(loaded.run, loaded.state, "--passages")
-    first_of = {row["domain"]: index for index, row in reversed(list(enumerate(of_run.rows)))}
+    sources = held_out(loaded.run, loaded.state, "--passages")
+    first_of: dict[str | None, tuple[HeldOut, int]] = {}
+    for source in sources:
+        for index, row in enumerate(source.rows):
+            first_of.setdefault(row["domain"], (source, index))
     passages = []
     for domain, name in domains.items():
         if domain not in first_of:
-            print(f"warning: {of_run.shards.path}: no {name} document in the validation split", file=sys.stderr)
+            paths = ", ".join(str(source.shards.path) for source in sources)
+            print(f"warning: {paths}: no {name} document in the validation split", file=sys.stderr)
             continue
-        index = first_of[domain]
-        ids_T, _ = of_run.shards.window(of_run.starts[index], of_run.rows[index]["tokens"])
+        source, index = first_of[domain]
+        ids_T, _ = source.shards.window(source.starts[index], source.rows[index]["tokens"])
         text = decode(loaded.tokenizer, torch.from_numpy(ids_T))
         positions = loaded.model.config.max_position_embeddings
         passages.append(Passage(domain, excerpt(text, loaded.tokenizer, positions)))

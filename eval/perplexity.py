@@ -64,20 +64,20 @@ def read_texts(files: Sequence[str]) -> list[Document]:
 
 
 def validation_documents(loaded: LoadedCheckpoint) -> Iterator[Document]:
-    """The documents of the validation split of a run's data, made from their tokens.
+    """The documents of the validation splits of a run's data, made from their tokens.
 
     Raises:
         DataError: the prepared data is gone, damaged, or no longer what the checkpoint was trained on.
     """
-    of_run = held_out(loaded.run, loaded.state, "--text")
-    for number, (start, row) in enumerate(zip(of_run.starts, of_run.rows, strict=False), 1):
-        text = decode(loaded.tokenizer, torch.from_numpy(of_run.shards.window(start, row["tokens"])[0]))
-        if len(text.encode()) != row["bytes"]:
-            raise DataError(
-                f"{of_run.listing}, line {number}: tokens do not give back the document, since the tokenizer alters "
-                "text; give --text FILE"
-            )
-        yield Document(text, f"{of_run.listing}: line {number}", row["source"], row["domain"])
+    for source in held_out(loaded.run, loaded.state, "--text"):
+        for number, (start, row) in enumerate(zip(source.starts, source.rows, strict=False), 1):
+            text = decode(loaded.tokenizer, torch.from_numpy(source.shards.window(start, row["tokens"])[0]))
+            if len(text.encode()) != row["bytes"]:
+                raise DataError(
+                    f"{source.listing}, line {number}: tokens do not give back the document, since the tokenizer "
+                    "alters text; give --text FILE"
+                )
+            yield Document(text, f"{source.listing}: line {number}", row["source"], row["domain"])
 
 
 @dataclass(frozen=True, slots=True)

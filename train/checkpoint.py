@@ -14,7 +14,6 @@ There is no random state to save, since every draw of a run is a function of its
 import dataclasses
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -34,7 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dlcm import DLCMConfig, LlamaBaselineConfig
 from train.config import MODEL_CONFIGS, RunConfig, save_run_config
-from train.data import file_sha256
+from train.data import file_sha256, sync
 from train.parallel import part_of, whole
 
 # What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
@@ -109,10 +108,10 @@ def save_checkpoint(
         checksums = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
         _write_json(partial / "checksums.json", checksums)
         for file in [*partial.iterdir(), partial]:
-            _sync(file)
+            sync(file)
         _discard(final)  # exists only if it was found corrupt and the steps since were repeated
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{final}: could not be written ({error}); earlier checkpoints are intact: "
@@ -368,15 +367,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object; {ANOTHER}")
     return content
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's content, or a directory's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(directory: Path) -> None:

@@ -9,6 +9,7 @@ of that model's config.
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ FROM_TOKENIZER = (
     "pad_token_id",
 )  # model fields that are not the run's to choose
 
-
+MIXTURE = "data.mixture"  # whose keys are names that the user chooses
 MAX_DEPTH = 32  # of brackets in YAML; the parser of libyaml crashes where there are tens of thousands
 
 
@@ -62,12 +63,31 @@ def within(allowed: Range, default: Any = MISSING) -> Any:
 
 
 @dataclass
-class DataConfig:
-    """What is read: a directory written by `train.prepare`, in windows of `sequence_length` tokens."""
+class SourceConfig:
+    """One of several sources: a directory written by `train.prepare`, and its part of the tokens beside the others."""
 
     path: str = MISSING
+    weight: float = within(POSITIVE)
+
+
+@dataclass
+class DataConfig:
+    """What is read, in windows of `sequence_length` tokens: one directory written by `train.prepare`, or a mixture."""
+
+    path: str | None = None
+    mixture: dict[str, SourceConfig] | None = None  # by name; instead of `path`
     sequence_length: int = within(AT_LEAST_TWO)  # one token alone has no target
     verify: bool = True  # check the shards' sha256 at start
+
+    def sources(self) -> dict[str, tuple[str, float]]:
+        """Path and weight of each source by its name, sorted: where a file lists them is to change nothing.
+
+        A single one has the empty name.
+        """
+        if self.mixture:
+            return {name: (source.path, source.weight) for name, source in sorted(self.mixture.items())}
+        assert self.path is not None  # seen to by `validate`
+        return {"": (self.path, 1.0)}
 
 
 @dataclass
@@ -221,6 +241,7 @@ def validate(run: RunConfig) -> None:
     """
     _check_whole_numbers(run)
     _check_ranges(run)
+    _check_data(run.data)
     model_config = build_model_config(run)
     schedule, rates = run.schedule, run.optimizer
     if run.data.sequence_length > model_config.max_position_embeddings:
@@ -245,6 +266,16 @@ def validate(run: RunConfig) -> None:
         raise ConfigError("schedule.sharpening_final: this model has no learned segmenter to sharpen; leave it null")
 
 
+def _check_data(data: DataConfig) -> None:
+    if not data.path and not data.mixture:
+        raise ConfigError("data.path is missing; set it in the file or as data.path=VALUE, or give a data.mixture")
+    if data.path and data.mixture:
+        raise ConfigError("data.path and data.mixture are both given; set one of them to null")
+    for name in data.mixture or {}:
+        if re.fullmatch(r"[\w-]+", name) is None:
+            raise ConfigError(f"data.mixture: {name!r} is no name for a source; use letters, digits, _ and -")
+
+
 def _check_given(key: str, value: float | None, needed: bool, what: str) -> None:
     if needed and value is None:
         raise ConfigError(f"{key} is missing; this model has {what}")
@@ -263,6 +294,9 @@ def _check_ranges(section: Any, prefix: str = "") -> None:
         value, allowed = getattr(section, entry.name), entry.metadata.get("range")
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{prefix}{entry.name}.")
+        elif entry.name == "mixture" and value:
+            for name, source in value.items():
+                _check_ranges(source, f"{prefix}{entry.name}.{name}.")
         elif allowed is not None and value is not None and not allowed.holds(value):
             raise ConfigError(f"{prefix}{entry.name} is {value}, but must be {allowed.words}")
 
@@ -272,7 +306,7 @@ def _check_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     valid, sections = _valid_keys(sources), [entry.name for entry in dataclasses.fields(RunConfig)]
     for source, content in sources:
         for key, value in _flatten(content).items():
-            if key not in valid and key in sections:
+            if key not in valid and (key in sections or key.rpartition(".")[0] == MIXTURE):
                 raise ConfigError(f"{source}: {key} is a section; write its keys, not {value!r}")
             if key not in valid:
                 raise ConfigError(f"{source}: unknown key {key!r}{_suggestion(key, valid)}")
@@ -294,7 +328,8 @@ def _valid_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
             keys.append(entry.name)
         elif isinstance(section, type) and dataclasses.is_dataclass(section):
             keys += [f"{entry.name}.{leaf.name}" for leaf in dataclasses.fields(section)]
-    return keys
+    names = {key.removeprefix(f"{MIXTURE}.").partition(".")[0]: None for key in written if key.startswith(MIXTURE)}
+    return keys + [f"{MIXTURE}.{name}.{leaf.name}" for name in names for leaf in dataclasses.fields(SourceConfig)]
 
 
 def _suggestion(key: str, valid: Sequence[str]) -> str:
@@ -320,14 +355,15 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str,
     """(source, content) of a file's bases, oldest first, then of the file itself."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: is its own base; remove one of the `base` keys")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     base = content.pop("base", None)
     if base is None:
         return [(str(path), content)]
     return [*_read_with_bases(path.parent / str(base), (*seen, path.resolve())), (str(path), content)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file. Raises ConfigError where it is none."""
     try:
         _check_depth(path.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(OmegaConf.load(path))
@@ -344,7 +380,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_resolved(path: Path) -> None:
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if "base" in content:
         raise ConfigError(f"{path}: names a base, which the record of a run never does; write its keys into the file")
     for key, value in _flatten(content).items():

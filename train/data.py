@@ -1,7 +1,8 @@
 """Memory-mapped token shards, and the packed batches read from them.
 
 A batch is a pure function of (seed, step, rank, micro-batch): nothing has to be saved or fast-forwarded for a
-resumed run to continue with exactly the batches the uninterrupted run would have seen.
+resumed run to continue with exactly the batches the uninterrupted run would have seen. That holds for a mixture of
+several prepared directories as well (`Mixture`).
 
 Names: T tokens, D documents, V vocabulary. On disk (written by `train.prepare`):
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from train.mixture import MixtureOrder
 from train.tokenizer import tokenizer_hash
 
 FORMAT_VERSION = 1
@@ -173,6 +176,10 @@ class TokenShards:
                 raise self._useless(shard, 0, f"holds ids beyond the vocabulary of {self.vocab_size}")
         return ids_T, np.concatenate(document_starts)
 
+    def text_bytes(self, ids: np.ndarray) -> float:
+        """Bytes of text that these tokens stand for."""
+        return float(self.token_bytes_V[ids].sum())
+
     def _useless(self, shard: int, file: int, problem: str) -> DataError:
         """What no checksum shows: whoever wrote the file wrote its checksum too."""
         return DataError(
@@ -180,20 +187,80 @@ class TokenShards:
         )
 
 
+class Mixture:
+    """The same split of several prepared directories, or of one, and the order in which windows come from them.
+
+    Attributes:
+        names, shards: of the sources, in the order in which they were given, which counts.
+        shares: the part of all tokens that is read from each; they add up to 1.
+        fingerprint: of all that decides the batches; of a single source, that source's own.
+
+    Raises:
+        DataError: sources were prepared with different tokenizers, or weights have too many digits.
+    """
+
+    def __init__(self, shards: Mapping[str, TokenShards], weights: Mapping[str, float]) -> None:
+        self.names, self.shards = list(shards), list(shards.values())
+        try:
+            self.order = MixtureOrder([weights[name] for name in shards])
+        except ValueError as error:
+            raise DataError(f"data.mixture: {error}") from error
+        self.shares = self.order.shares
+        first = self.shards[0]
+        for name, other in shards.items():
+            if other.tokenizer_hash != first.tokenizer_hash:
+                raise DataError(
+                    f"{other.path}: '{name}' was prepared with tokenizer {other.tokenizer_hash[:12]}, but "
+                    f"'{self.names[0]}', {first.path}, with {first.tokenizer_hash[:12]}; prepare both with the same, "
+                    f"say --tokenizer {first.path}"
+                )
+        self.tokenizer_hash = first.tokenizer_hash
+        self.vocab_size = max(one.vocab_size for one in self.shards)
+        self.path = first.path  # where its tokenizer is
+        self.num_tokens = sum(one.num_tokens for one in self.shards)
+        self.fingerprint = first.fingerprint if len(self.shards) == 1 else self._fingerprint()
+
+    @classmethod
+    def open(cls, sources: Mapping[str, tuple[str, float]], split: str, verify: bool = True) -> Mixture:
+        """`sources` are paths and weights by name (`DataConfig.sources`). Raises DataError as `TokenShards` does."""
+        shards = {name: TokenShards(path, split, verify) for name, (path, _) in sources.items()}
+        return cls(shards, {name: weight for name, (_, weight) in sources.items()})
+
+    @classmethod
+    def of(cls, text: TokenShards | Mixture) -> Mixture:
+        """A mixture as it is, or one of a single source."""
+        return text if isinstance(text, Mixture) else cls({"": text}, {"": 1.0})
+
+    @property
+    def bytes_are_exact(self) -> bool:
+        """Whether every source knows how many bytes of text each token stands for."""
+        return all(one.manifest["token_bytes"] == "exact" for one in self.shards)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raise DataError unless all shards were written with `tokenizer`."""
+        for one in self.shards:
+            one.check_tokenizer(tokenizer)
+
+    def _fingerprint(self) -> str:
+        content = [[one.fingerprint, count] for one, count in zip(self.shards, self.order.counts, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 class PackedLoader:
-    """Shuffled training batches of one rank.
+    """Shuffled training batches of one rank, from one split or a mixture of several.
 
-    The stream is cut into windows of `sequence_length` tokens (a shorter rest is left out), and each epoch visits
-    every window once, in an order drawn from (seed, epoch). Step s takes the next
-    `world_size * accumulation * rows` windows, running on into the next epoch where one ends; which windows these
-    are depends on that product alone, so ranks and accumulation may be traded against each other.
+    Each source is cut into windows of `sequence_length` tokens (a shorter rest is left out), and each of its epochs
+    visits every window once, in an order drawn from (seed, epoch, source). Windows of a run come from the sources as
+    `MixtureOrder` says. Step s takes the next `world_size * accumulation * rows` of them, running on into a source's
+    next epoch where one ends; which windows these are depends on that product alone, so ranks and accumulation may be
+    traded against each other.
 
-    Raises DataError when the split is smaller than one window, ValueError for impossible arguments.
+    Raises DataError when a split is smaller than one window, ValueError for impossible arguments.
     """
 
     def __init__(
         self,
-        shards: TokenShards,
+        text: TokenShards | Mixture,
         sequence_length: int,
         rows: int,
         seed: int,
@@ -208,41 +275,57 @@ class PackedLoader:
             raise ValueError(f"rank={rank} is not within world_size={world_size}")
         if seed < 0:
             raise ValueError(f"seed={seed} must not be negative")
-        if shards.num_tokens < sequence_length:
-            raise DataError(
-                f"{shards.path}: '{shards.split}' has {shards.num_tokens} tokens, fewer than one sequence of "
-                f"{sequence_length}; prepare more text or shorten sequence_length"
-            )
-        self.shards = shards
+        self.mixture = Mixture.of(text)
+        for shards in self.mixture.shards:
+            if shards.num_tokens < sequence_length:
+                raise DataError(
+                    f"{shards.path}: '{shards.split}' has {shards.num_tokens} tokens, fewer than one sequence of "
+                    f"{sequence_length}; prepare more text or shorten sequence_length"
+                )
         self.sequence_length = sequence_length
         self.rows = rows
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.accumulation = accumulation
-        self.windows_per_epoch = shards.num_tokens // sequence_length
+        self.windows_per_epoch = [shards.num_tokens // sequence_length for shards in self.mixture.shards]
         self.windows_per_step = world_size * accumulation * rows
-        self._order: tuple[int, np.ndarray] | None = None  # the epoch drawn last; a cache, not state
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each source's current epoch; a cache, not state
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a whole step, over all ranks and micro-batches."""
         return self.windows_per_step * self.sequence_length
 
+    def epochs(self, steps: int) -> list[float]:
+        """How often each source has been read after so many steps."""
+        taken = self.mixture.order.taken(steps * self.windows_per_step)
+        return [windows / all_of_it for windows, all_of_it in zip(taken, self.windows_per_epoch, strict=True)]
+
     def batch(self, step: int, micro: int = 0) -> PackedBatch:
         """Micro-batch `micro` of `step` for this rank: T = rows * sequence_length tokens in one packed row."""
         if step < 0 or not 0 <= micro < self.accumulation:
             raise ValueError(f"step={step}, micro={micro}: no such micro-batch (accumulation={self.accumulation})")
         place = step * self.windows_per_step + (micro * self.world_size + self.rank) * self.rows
-        starts = [self._window(place + row) * self.sequence_length for row in range(self.rows)]
-        return _pack(self.shards, [(start, self.sequence_length) for start in starts])
+        places = [self._window(place + row) for row in range(self.rows)]
+        length = self.sequence_length
+        return _pack([(self.mixture.shards[source], window * length, length) for source, window in places])
 
-    def _window(self, place: int) -> int:
-        """Number of the window at `place` in the endless sequence of shuffled epochs."""
-        epoch, position = divmod(place, self.windows_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows_per_epoch)
-        return int(self._order[1][position])
+    def _window(self, place: int) -> tuple[int, int]:
+        """Source and number of the window at `place` in the endless sequence of them."""
+        source, number = self.mixture.order.place(place)
+        epoch, position = divmod(number, self.windows_per_epoch[source])
+        if source not in self._orders or self._orders[source][0] != epoch:
+            self._orders[source] = epoch, self._order(source, epoch)
+        return source, int(self._orders[source][1][position])
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        """The windows of a source in the order in which an epoch visits them; 4 bytes each, while that holds them."""
+        count = self.windows_per_epoch[source]
+        order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+        # A trailing 0 changes nothing: the first source is shuffled as it would be alone.
+        np.random.default_rng([self.seed, epoch, source]).shuffle(order)
+        return order
 
 
 def validation_batches(
@@ -261,7 +344,7 @@ def validation_batches(
     for batch_start in range(0, total, rows * sequence_length):
         batch_stop = min(batch_start + rows * sequence_length, total)
         starts = range(batch_start, batch_stop, sequence_length)
-        batch = _pack(shards, [(start, min(sequence_length, batch_stop - start)) for start in starts])
+        batch = _pack([(shards, start, min(sequence_length, batch_stop - start)) for start in starts])
         if batch.num_targets > 0:  # a lone last token opens its window, and nothing predicts it
             empty = False
             yield batch
@@ -288,6 +371,15 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_file(directory: Path, name: str, size: int | None, sha256: str | None) -> None:
@@ -343,33 +435,39 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def _check_manifest(manifest: Any) -> None:
     """Raise ValueError, saying what is wrong, unless readers can rely on everything the manifest says."""
-    _check_fields("the manifest", manifest, {})
+    check_fields("the manifest", manifest, {})
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, this code reads {FORMAT_VERSION}")
-    _check_fields("the manifest", manifest, MANIFEST_FIELDS)
-    _check_fields("tokenizer", manifest["tokenizer"], TOKENIZER_FIELDS)
+    check_fields("the manifest", manifest, MANIFEST_FIELDS)
+    check_fields("tokenizer", manifest["tokenizer"], TOKENIZER_FIELDS)
     if manifest["dtype"] not in TOKEN_DTYPES:
         raise ValueError(f"dtype '{manifest['dtype']}' is none of {', '.join(TOKEN_DTYPES)}")
     for name, split in manifest["splits"].items():
         if name not in SPLITS:
             raise ValueError(f"split '{name}' is none of {', '.join(SPLITS)}")
-        _check_fields(name, split, {"shards": list})
+        check_fields(name, split, {"shards": list})
         if not split["shards"]:
             raise ValueError(f"split '{name}' has no shards")
-        for number, shard in enumerate(split["shards"]):
-            where = f"shard {number} of {name}"
-            _check_fields(where, shard, SHARD_FIELDS)
-            # Nothing else is opened, so no manifest can point outside its directory.
-            if (shard["file"], shard["index_file"]) != shard_files(name, number):
-                raise ValueError(f"{where} is called '{shard['file']}' and '{shard['index_file']}'")
-            if shard["tokens"] < 1 or shard["documents"] < 1:
-                raise ValueError(f"{where} is empty")
+        check_shards(name, split["shards"])
     if manifest["fingerprint"] != fingerprint(manifest):
         raise ValueError("edited, its fingerprint no longer fits")
 
 
-def _check_fields(where: str, value: Any, fields: dict[str, Any]) -> None:
+def check_shards(split: str, shards: list[Any]) -> None:
+    """Raise ValueError unless these are a list of shards of this split, as a manifest has it."""
+    for number, shard in enumerate(shards):
+        where = f"shard {number} of {split}"
+        check_fields(where, shard, SHARD_FIELDS)
+        # Nothing else is opened, so no manifest can point outside its directory.
+        if (shard["file"], shard["index_file"]) != shard_files(split, number):
+            raise ValueError(f"{where} is called '{shard['file']}' and '{shard['index_file']}'")
+        if shard["tokens"] < 1 or shard["documents"] < 1:
+            raise ValueError(f"{where} is empty")
+
+
+def check_fields(where: str, value: Any, fields: dict[str, Any]) -> None:
+    """Raise ValueError unless `value` is a dictionary whose `fields` are of these types."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is a {type(value).__name__}, not a JSON object")
     for key, kind in fields.items():
@@ -386,20 +484,20 @@ def _check_window_arguments(sequence_length: int, rows: int) -> None:
         raise ValueError(f"rows={rows} must be at least 1")
 
 
-def _pack(shards: TokenShards, windows: list[tuple[int, int]]) -> PackedBatch:
-    """Lay windows (start, length) end to end; each window, and each document inside one, opens a document."""
+def _pack(windows: list[tuple[TokenShards, int, int]]) -> PackedBatch:
+    """Lay windows (shards, start, length) end to end; each window, and each document inside one, opens a document."""
     ids: list[np.ndarray] = []
     opens: list[np.ndarray] = []
-    length = 0
-    for start, window_length in windows:
+    length, target_bytes = 0, 0.0
+    for shards, start, window_length in windows:
         window_ids, document_starts = shards.window(start, window_length)
+        window_opens = np.unique(np.append(document_starts, 0))
         ids.append(window_ids)
-        opens.append(np.append(document_starts, 0) + length)
+        opens.append(window_opens + length)
+        target_bytes += shards.text_bytes(window_ids) - shards.text_bytes(window_ids[window_opens])
         length += window_length
-    ids_T = np.concatenate(ids)
-    opens_D = np.unique(np.concatenate(opens))
+    ids_T, opens_D = np.concatenate(ids), np.concatenate(opens)
     cu_seqlens = np.append(opens_D, length).astype(np.int32)
-    bytes_T = shards.token_bytes_V[ids_T]
     input_ids = torch.from_numpy(ids_T)
     return PackedBatch(
         input_ids=input_ids,
@@ -407,5 +505,5 @@ def _pack(shards: TokenShards, windows: list[tuple[int, int]]) -> PackedBatch:
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(np.diff(cu_seqlens).max()),
         num_targets=length - len(opens_D),
-        target_bytes=float(bytes_T.sum() - bytes_T[opens_D].sum()),
+        target_bytes=target_bytes,
     )

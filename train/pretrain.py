@@ -52,7 +52,7 @@ from train.config import (
     load_run_config,
     save_run_config,
 )
-from train.data import DataError, PackedLoader, TokenShards
+from train.data import DataError, Mixture, PackedLoader, TokenShards
 from train.distributed import PeerFailure, Ranks, means_lost_rank
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
@@ -108,11 +108,11 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     if run.threads is not None:
         torch.set_num_threads(run.threads)
 
-    shards, validation = open_shards(run, ranks)
-    tokenizer = load_tokenizer(run.data.path)
-    shards.check_tokenizer(tokenizer)
+    training, validation = open_shards(run, ranks)
+    tokenizer = load_tokenizer(str(training.path))
+    training.check_tokenizer(tokenizer)
     loader = PackedLoader(
-        shards,
+        training,
         run.data.sequence_length,
         run.batch.rows,
         run.seed,
@@ -121,11 +121,11 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         accumulation=run.batch.accumulation,
     )
 
-    model = build_model(run, shards, tokenizer)
+    model = build_model(run, training, tokenizer)
     parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
     optimizer = build_optimizer(run, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    state = TrainingState(shards.fingerprint, shards.tokenizer_hash, ranks.size)
+    state = TrainingState(training.fingerprint, training.tokenizer_hash, ranks.size)
     if checkpoint is not None:
         check_continues(run, state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
@@ -242,17 +242,17 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     return 0
 
 
-def open_shards(run: RunConfig, ranks: Ranks) -> tuple[TokenShards, TokenShards]:
+def open_shards(run: RunConfig, ranks: Ranks) -> tuple[Mixture, Mixture]:
     """The training and validation splits. The first rank verifies them for all: hashing reads every byte."""
-    splits = ("train", "validation")
+    splits, sources = ("train", "validation"), run.data.sources()
 
     def verify() -> None:
         for split in splits:
-            TokenShards(run.data.path, split, run.data.verify)
+            Mixture.open(sources, split, run.data.verify)
 
     ranks.on_first(verify)
-    shards, validation = (TokenShards(run.data.path, split, verify=False) for split in splits)
-    return shards, validation
+    training, validation = (Mixture.open(sources, split, verify=False) for split in splits)
+    return training, validation
 
 
 def evaluation_due(run: RunConfig, step: int) -> bool:
@@ -278,7 +278,7 @@ def remedy(run: RunConfig, checkpoint: Path | None) -> str:
     )
 
 
-def build_model(run: RunConfig, shards: TokenShards, tokenizer: PreTrainedTokenizerFast) -> Model:
+def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTrainedTokenizerFast) -> Model:
     """The model at its initialisation, which depends on the run's seed alone, on the CPU.
 
     Raises:
@@ -333,8 +333,9 @@ def check_continues(run: RunConfig, fresh: TrainingState, saved: TrainingState, 
     """
     if saved.data_fingerprint != fresh.data_fingerprint or saved.tokenizer_hash != fresh.tokenizer_hash:
         raise CheckpointError(
-            f"{checkpoint}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than data.path "
-            f"now holds ({fresh.data_fingerprint[:12]}); restore the data, or start a run with another output"
+            f"{checkpoint}: was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than "
+            f"its data section now names ({fresh.data_fingerprint[:12]}); restore the data, or start a run with "
+            "another output"
         )
     if saved.world_size == fresh.world_size:
         return  # a batch that changes is meant to
@@ -441,7 +442,20 @@ def validation_line(values: Mapping[str, float]) -> str:
     return f"{line}, {values['tokens_per_concept']:.2f} tokens per concept" if "tokens_per_concept" in values else line
 
 
-def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation: TokenShards, step: int) -> None:
+def data_lines(loader: PackedLoader, validation: Mixture, steps: int) -> list[str]:
+    """What each source gives to the run, and how often it is read."""
+    mixture, lines = loader.mixture, []
+    sources = zip(mixture.names, mixture.shards, validation.shards, mixture.shares, loader.epochs(steps), strict=True)
+    for name, training, held_out, share, epochs in sources:
+        line = f"{training.path}, {training.num_tokens:,} training and {held_out.num_tokens:,} validation tokens"
+        often = f"{epochs:.2f} epochs{', so its text is repeated' if epochs > 1 else ''}"
+        lines.append(f"{name}: {100 * share:.4g} %, {line}, {often}" if name else f"{line}, {often}")
+    if not mixture.bytes_are_exact:
+        lines.append("bits per byte are approximate: this tokenizer's tokens stand for no exact number of bytes")
+    return [f"{'' if index else 'data':9}{line}" for index, line in enumerate(lines)]
+
+
+def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation: Mixture, step: int) -> None:
     """A few lines on what is about to happen."""
     steps, per_step = run.schedule.steps, loader.tokens_per_step
     flops = forward_flops(model.config, run.data.sequence_length).total
@@ -451,16 +465,8 @@ def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation
         f"model    {run.model['architecture']}, {model.num_parameters() / 1e6:.2f} M parameters, "
         f"{flops / 1e6:,.2f} MFLOP per token forward"
     )
-    print(
-        f"data     {run.data.path}, {loader.shards.num_tokens:,} training and {validation.num_tokens:,} "
-        f"validation tokens"
-    )
-    if loader.shards.manifest["token_bytes"] == "average":
-        print("         bits per byte are approximate: this tokenizer's tokens stand for no exact number of bytes")
-    print(
-        f"steps    {steps:,} of {per_step:,} tokens, {steps * per_step:,} in all "
-        f"({steps * per_step / loader.shards.num_tokens:.2f} epochs)"
-    )
+    print("\n".join(data_lines(loader, validation, steps)))
+    print(f"steps    {steps:,} of {per_step:,} tokens, {steps * per_step:,} in all")
     compiled = ", compiled in the first steps" if model.compiled else ""
     print(f"device   {model.device}, {precision}{compiled}, {torch.get_num_threads()} CPU threads", flush=True)
 

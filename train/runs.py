@@ -151,7 +151,7 @@ def carry_out(
     if arguments.print:
         print("\n".join(shlex.join(planned.command("python")) for planned in runs))
         return 0
-    for path in dict.fromkeys(planned.run.data.path for planned in runs):
+    for path in dict.fromkeys(path for planned in runs for path, _ in planned.run.data.sources().values()):
         read_manifest(Path(path))  # once here, rather than in every log
     number = run_all(runs, places(runs, at_once), when_one_is_done)
     return 128 + number if number else 0

@@ -145,7 +145,7 @@ def test_batch_equals_its_slow_twin(
 ) -> None:
     loader = PackedLoader(shards, sequence_length, rows, seed)
     numbers = [loader._window(step * rows + row) for row in range(rows)]
-    windows = [(number * sequence_length, sequence_length) for number in numbers]
+    windows = [(number * sequence_length, sequence_length) for _, number in numbers]
     check_against_slow_twin(loader.batch(step), slow_stream(data_path, "train"), windows)
 
 
@@ -181,7 +181,7 @@ def test_the_global_batch_does_not_depend_on_how_it_is_divided(
 def test_every_epoch_visits_every_window_once(shards: TokenShards, data_path: Path, rows: int, seed: int) -> None:
     length, epochs = 120, 3
     loader = PackedLoader(shards, length, rows, seed)
-    count = loader.windows_per_epoch
+    (count,) = loader.windows_per_epoch
     stream = slow_stream(data_path, "train")
     assert count == len(stream) // length
     steps = -(-epochs * count // rows)

@@ -1,4 +1,5 @@
-"""Whatever is done to the bytes of a checkpoint, a shard, a configuration or a tokenizer: read as before, or refused.
+"""Whatever is done to the bytes of a checkpoint, a shard, a configuration, a tokenizer or an unfinished preparation:
+read as before, or refused.
 
 Refused means one error of ours that names the place and what helps: within seconds, in no more memory than such small
 files need, and with nothing unpickled, run, or opened outside the directory. Bytes are changed as by accident (`stale`:
@@ -7,6 +8,7 @@ manners can be asked: what he wrote may be read.
 """
 
 import builtins
+import hashlib
 import json
 import os
 import pickle
@@ -32,7 +34,9 @@ from tests.train.tiny import prepare_tiny, write_config
 from train.checkpoint import checkpoint_path, latest_checkpoint
 from train.config import load_run_config
 from train.data import PackedLoader, TokenShards, file_sha256, fingerprint, validation_batches
+from train.prepare import PrepareArguments, SplitWriter, prepare
 from train.pretrain import main
+from train.progress import read_progress
 from train.tokenizer import load_tokenizer, tokenizer_hash
 
 SECONDS = 10  # on a busy machine
@@ -565,7 +569,7 @@ def batches(directory: Path, verify: bool = True) -> dict[int, Any]:
     train, validation = (TokenShards(directory, split, verify) for split in ("train", "validation"))
     train.check_tokenizer(load_tokenizer(str(directory)))
     loader = PackedLoader(train, 32, 8, 0)
-    found = [loader.batch(step) for step in range(loader.windows_per_epoch // 8 + 1)]
+    found = [loader.batch(step) for step in range(loader.windows_per_epoch[0] // 8 + 1)]
     found += validation_batches(validation, 32, 8, None)
     for batch in found:
         assert 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < train.vocab_size
@@ -758,6 +762,130 @@ def test_a_hostile_manifest(keys: str, value: Any, data: Path, capsys: pytest.Ca
 def test_a_manifest_of_other_content(content: str, data: Path):
     (data / "manifest.json").write_bytes(content.encode("latin-1"))
     assert isinstance(read(batches, data), Refusal)
+
+
+# --- unfinished preparations ---
+
+
+def command_in(directory: Path) -> PrepareArguments:
+    return PrepareArguments(
+        inputs=(str(directory.with_name("tiny.jsonl")),),
+        output=directory / "out",
+        tokenizer="bpe:300",
+        validation_fraction=0.2,
+        shard_tokens=1500,
+        workers=1,
+    )
+
+
+def prepared_anew(directory: Path) -> dict[str, bytes]:
+    """What the same command comes to."""
+    prepare(command_in(directory))
+    files = [path for path in (directory / "out").rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A preparation that was interrupted, and what it would have come to, in `whole`."""
+    directory = tmp_path_factory.mktemp("begun")
+    prepare_tiny(directory)
+    (directory / "whole").mkdir()
+    prepared_anew(directory / "whole")
+    add, calls = SplitWriter.add, 0
+
+    def interrupted(self: SplitWriter, *given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 18:
+            raise KeyboardInterrupt
+        add(self, *given)
+
+    (directory / COPY).mkdir()
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(SplitWriter, "add", interrupted)
+        prepare(command_in(directory / COPY))
+    progress = read_progress(directory / COPY / "out.tmp")
+    assert progress is not None and progress.splits["validation"]["tokens"] and progress.splits["train"]["shards"]
+    assert len(progress.splits["validation"]["shards"]) == 1
+    return directory
+
+
+@pytest.fixture
+def unfinished(begun: Path, tmp_path: Path) -> Path:
+    (tmp_path / OUTSIDE).mkdir()
+    shutil.copy(begun / "tiny.jsonl", tmp_path)
+    return Path(shutil.copytree(begun / COPY, tmp_path / COPY))
+
+
+def whole(begun: Path) -> dict[str, bytes]:
+    files = [path for path in (begun / "whole" / "out").rglob("*") if path.is_file()]
+    return {str(path.relative_to(begun / "whole")): path.read_bytes() for path in files}
+
+
+UNFINISHED = ["progress.json", "tokenizer.json", "tokenizer_config.json", "train/documents.jsonl", "train/00000.bin"]
+UNFINISHED += ["validation/00001.bin", "validation/00001.idx", "validation/documents.jsonl"]  # of an open shard
+
+
+@pytest.mark.parametrize("mutate", ANY_FILE, ids=lambda mutate: mutate.__name__)
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_an_unfinished_preparation_by_accident(name: str, mutate: Mutation, unfinished: Path, begun: Path):
+    mutate(unfinished / "out.tmp" / name)
+    outcome = read(prepared_anew, unfinished)
+    if isinstance(outcome, Refusal):
+        return
+    differing = {name for name, content in whole(begun).items() if outcome.get(name) != content}
+    if name == "progress.json":
+        assert mutate is remove and not differing  # then it begins again
+    elif name == "train/00000.bin":
+        assert differing and isinstance(read(lambda copy: TokenShards(copy / "out", "train"), unfinished), Refusal)
+    else:
+        # what lies behind what counts is cut off
+        assert not differing or (name.startswith("tokenizer") and differing <= {f"out/{name}"})
+
+
+PROGRESS: list[tuple[str, Any]] = [
+    ("place.row", -1),
+    ("place.row", 10**30),
+    ("place.row", "1"),
+    ("place.source", 1),
+    ("place.source", 2**61),
+    ("place.state", [1]),
+    ("place.more", 1),
+    ("measure.tokens", 1.5),
+    ("empty", None),
+    ("tokenizer", ["0", 1, 2]),
+    ("request", {}),
+    ("splits", {}),
+    ("splits.train", []),
+    ("splits.train.tokens", 2**61),
+    ("splits.train.documents", 10**6),
+    ("splits.train.listing_bytes", 10**9),
+    ("splits.validation.sha256", "0"),
+    ("splits.train.shards.0.file", f"../../../{OUTSIDE}/x"),
+    ("splits.train.shards.0.tokens", 5),
+    ("splits.test", {}),
+]
+
+
+@pytest.mark.parametrize(("keys", "value"), PROGRESS, ids=lambda value: str(value))
+def test_a_hostile_progress(keys: str, value: Any, unfinished: Path):
+    """Its own checksum fits."""
+    staging = unfinished / "out.tmp"
+    path = staging / "progress.json"
+    path.write_text(json.loads(path.read_text())["progress"])
+    edit_json(path.name, keys, value)(staging)
+    content = path.read_text()
+    path.write_text(json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "progress": content}))
+    outcome = read(prepared_anew, unfinished)
+    assert isinstance(outcome, Refusal) and ";" in outcome.message
+
+
+@pytest.mark.parametrize("content", [DEEP, HUGE, "null", '{"sha256": "", "progress": 5}', "\xff"], ids=lambda c: c[:9])
+def test_a_progress_of_other_content(content: str, unfinished: Path):
+    (unfinished / "out.tmp" / "progress.json").write_bytes(content.encode("latin-1"))
+    outcome = read(prepared_anew, unfinished)
+    assert isinstance(outcome, Refusal) and "progress.json" in outcome.message
 
 
 # --- configurations ---

@@ -57,7 +57,7 @@ def prepare_tiny(directory: Path) -> Path:
     return output
 
 
-def write_config(path: Path, architecture: str, data: Path, output: Path, **sections: dict[str, Any]) -> Path:
+def write_config(path: Path, architecture: str, data: Path, output: Path, /, **sections: dict[str, Any]) -> Path:
     """A complete run as YAML: 8 steps of 4 windows of 32 bytes on one thread. `sections` are merged in."""
     content: dict[str, Any] = {
         "output": str(output),
