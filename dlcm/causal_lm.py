@@ -221,10 +221,11 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
             self.start(cache)
         if columns == 1:
             logits_BV, decided = self._decode_step(input_ids_BL, attention_mask_BX, cache)
-            logits, rows = logits_BV[:, None], RowLayout.full(batch, 1)[0]
-        else:
-            h_TE, decided, rows = self._decode_many(input_ids_BL, attention_mask_BX, cache)
-            logits = self.last_logits(rows.unpack(h_TE), logits_to_keep)
+            if decided is None:
+                return logits_BV[:, None], None, None
+            return logits_BV[:, None], decided.probability_T[:, None], decided.boundary_T[:, None]
+        h_TE, decided, rows = self._decode_many(input_ids_BL, attention_mask_BX, cache)
+        logits = self.last_logits(rows.unpack(h_TE), logits_to_keep)
         if decided is None:
             return logits, None, None
         return logits, rows.unpack(decided.probability_T), rows.unpack(decided.boundary_T)
