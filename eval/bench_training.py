@@ -256,7 +256,7 @@ class Bench:
         sums = forward_backward(self.run, self.model, batches, self._steps, self.ranks)
         if clock is not None:
             clock.mark("backward", "embedding")
-        _, skipped = update_parameters(self.optimizer, sums, self.run.optimizer.clip_norm)
+        skipped = update_parameters(self.optimizer, sums, self.run.optimizer.clip_norm).skipped
         if clock is not None:
             clock.mark("update", "optimiser")
         self._steps += 1
