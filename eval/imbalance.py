@@ -45,7 +45,7 @@ def boundaries(model: DLCMForCausalLM, shards: TokenShards, length: int, rows: i
 
     That a window begins is no reason, unless a document does.
     """
-    found = []
+    found: list[np.ndarray] = []
     for batch in validation_batches(shards, length, rows, None):
         output = model(
             batch.input_ids[None].to(model.device),
@@ -55,7 +55,7 @@ def boundaries(model: DLCMForCausalLM, shards: TokenShards, length: int, rows: i
             return_logits=False,
         )
         boundary_T = output.boundaries[0].cpu()
-        start = sum(map(len, found))
+        start = sum(len(earlier) for earlier in found)
         for first in range(0, len(boundary_T), length):
             _, opens = shards.window(start + first, 1)
             boundary_T[first] = len(opens) > 0
