@@ -64,6 +64,7 @@ from eval.loading import EvaluationError, report_errors
 from train.config import build_model_config, load_run_config
 from train.data import PackedBatch
 from train.distributed import Ranks
+from train.parallel import distribute
 from train.pretrain import build_optimizer
 from train.step import (
     Model,
@@ -71,6 +72,7 @@ from train.step import (
     collector_whole_afterwards,
     forward_backward,
     model_flops,
+    over_ranks,
     spare_the_collector,
     update_parameters,
     uses_bf16,
@@ -178,21 +180,29 @@ def watched(model: Model, clock: StageClock) -> Iterator[None]:
 class Bench:
     """A model in training on random tokens."""
 
-    def __init__(self, pair: str, architecture: str, overrides: Sequence[str], device: torch.device):
+    def __init__(
+        self,
+        pair: str,
+        architecture: str,
+        overrides: Sequence[str],
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ):
         """Builds the model where it is to run.
 
         Args:
             pair: a directory of configs/.
             architecture: dlcm or llama.
             overrides: `key=value`, on top of the configuration.
-            device: of everything.
+            device: of everything, on this rank.
+            ranks: those that train it together, as the run's `parallel` says; None: this process alone.
 
         Raises:
             ConfigError: overrides that do not fit the configuration.
         """
         run = load_run_config(CONFIGS / pair / f"{architecture}.yaml", overrides)
         self.configured_micro_batches = run.batch.accumulation
-        self.run, self.device, self.ranks = run, device, Ranks()
+        self.run, self.device, self.ranks = run, device, Ranks() if ranks is None else ranks
         config = build_model_config(run)
         torch.manual_seed(run.seed)
         self.model: Model
@@ -205,11 +215,12 @@ class Bench:
                     self.model.detector = detector
             else:
                 self.model = LlamaBaselineForCausalLM(config)
+        self.parallel = distribute(self.model, run.parallel, device, self.ranks, uses_bf16(run, device))
+        self.optimizer = build_optimizer(run, self.model)
         recompute_blocks_(self.model, run.activation_checkpointing == "full")
         if run.compile:
             compile_blocks_(self.model)
         self.model.train()
-        self.optimizer = build_optimizer(run, self.model)
         self.set_documents(run.batch.rows, run.data.sequence_length)
         self.set_micro_batches(1)
         self._steps = 0
@@ -222,7 +233,7 @@ class Bench:
 
     def set_documents(self, documents: int, length: int) -> None:
         """What the next steps train on: so many documents of so many tokens."""
-        generator = torch.Generator(self.device).manual_seed(self.run.seed)
+        generator = torch.Generator(self.device).manual_seed(self.run.seed + self.ranks.rank)
         self.documents, self.length = documents, length
         self.batches = []
         for _ in range(BATCHES):
@@ -250,13 +261,13 @@ class Bench:
         return self.model.concept_rooms.misses if isinstance(self.model, DLCMForCausalLM) else 0
 
     def step(self, clock: StageClock | None = None) -> tuple[Tensor, Tensor]:
-        """One optimiser step; its sums, and whether it was skipped, on the device."""
+        """One optimiser step; its sums over ranks, and whether it was skipped, on the device."""
         first, number = self._steps, self.run.batch.accumulation
         batches = [self.batches[index % BATCHES] for index in range(first, first + number)]
-        sums = forward_backward(self.run, self.model, batches, self._steps, self.ranks)
+        sums = over_ranks(forward_backward(self.run, self.parallel, batches, self._steps, self.ranks), self.ranks)
         if clock is not None:
             clock.mark("backward", "embedding")
-        _, skipped = update_parameters(self.optimizer, sums, self.run.optimizer.clip_norm)
+        skipped = update_parameters(self.optimizer, sums, self.run.optimizer.clip_norm).skipped
         if clock is not None:
             clock.mark("update", "optimiser")
         self._steps += 1
@@ -284,7 +295,8 @@ class Bench:
 
 
 def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -> Row:
-    """Speed and memory of at least `steps` steps, and of at least `seconds`.
+    """Speed of all ranks and memory of this one, in at least `steps` steps, and at least `seconds`: 0, if there are
+    several ranks, which must all do as many steps.
 
     Raises:
         EvaluationError: a step was skipped, which would have been cheaper than others.
@@ -318,7 +330,7 @@ def measure_throughput(bench: Bench, warm_up: int, steps: int, seconds: float) -
         "tokens_per_concept": sums.tokens / sums.concepts if sums.concepts else None,
         "flops_per_token": needed / sums.tokens,
         "tflops": needed / step_seconds / 1e12,
-        "mfu": None if peak is None else utilisation(needed / step_seconds, peak),
+        "mfu": None if peak is None else utilisation(needed / step_seconds, peak * bench.ranks.size),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else None,
     }

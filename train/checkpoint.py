@@ -14,9 +14,7 @@ There is no random state to save, since every draw of a run is a function of its
 import dataclasses
 import json
 import math
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dlcm import DLCMConfig, LlamaBaselineConfig
 from train.config import MODEL_CONFIGS, RunConfig, save_run_config
 from train.data import file_sha256, sync
+from train.environment import environment
 from train.parallel import part_of, whole
 
 # What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
@@ -55,8 +53,13 @@ class TrainingState:
     step: int = 0  # completed steps, skipped ones included
     tokens: int = 0
     flops: float = 0.0  # forward and backward
-    skipped: int = 0  # steps without an update, because loss or gradient was not finite
+    skipped: int = 0  # steps without an update, because loss or gradient was not finite, or of a spike
     bad_in_a_row: int = 0
+    spikes: int = 0
+    recent_spikes: float = 0.0  # each counts less with every step since
+    usual_norm: float = 1.0  # what `train.spikes` knows of gradients: exp(mean of log(norm)),
+    norm_variance: float = 0.0  # variance of log(norm),
+    norms: int = 0  # and of how many
 
 
 class Tensors(NamedTuple):
@@ -104,7 +107,7 @@ def save_checkpoint(
             raise OSError(str(error)) from error
         save_run_config(run, partial / "run.yaml")
         save_file(tensors.optimizer, partial / "optimizer.safetensors")
-        _write_json(partial / "state.json", dataclasses.asdict(state) | _environment())
+        _write_json(partial / "state.json", dataclasses.asdict(state) | environment())
         checksums = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
         _write_json(partial / "checksums.json", checksums)
         for file in [*partial.iterdir(), partial]:
@@ -325,29 +328,6 @@ def _prune(run_dir: Path, newest: int, keep: int) -> None:
     for directory in [*half_written(run_dir), *(directory for _, directory in candidates)]:
         if directory not in kept:
             shutil.rmtree(directory)
-
-
-def _environment() -> dict[str, Any]:
-    """What produced the checkpoint: not needed to resume, but to understand it later."""
-    return {
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this source tree; None where it is not a git checkout or git is not installed."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    answer = subprocess.run(
-        [git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

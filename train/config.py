@@ -125,6 +125,15 @@ class OptimizerConfig:
 
 
 @dataclass
+class SpikesConfig:
+    """Which steps are skipped because their gradient is far longer than usual (see train/spikes.py)."""
+
+    deviations: float | None = within(POSITIVE, None)  # of log(norm), above its running mean; null: none is skipped
+    window: int = within(AT_LEAST_TWO, 200)  # steps behind mean and deviation; as many at the start are never skipped
+    most: int = within(AT_LEAST_ONE, 10)  # spikes within about a window; more stop the run
+
+
+@dataclass
 class ScheduleConfig:
     """Warm-up, stable, decay over `steps` optimizer steps; the boundary sharpening moves along with them."""
 
@@ -167,12 +176,13 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log_every: int = within(AT_LEAST_ONE, 10)
     mfu: Literal["datasheet", "measured"] = "datasheet"  # of which peak; an unknown device has none by datasheet
-    max_bad_steps: int = within(AT_LEAST_ONE, 10)  # non-finite steps in a row that stop the run
+    max_bad_steps: int = within(AT_LEAST_ONE, 10)  # skipped steps in a row that stop the run
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), resolved: bool = False) -> RunConfig:

@@ -48,7 +48,7 @@ class MetricsLog:
         self._path = path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if resumed_step else []
         shortened = path.with_suffix(".tmp")
-        with _refusals_named(path):
+        with refusals_named(path):
             shortened.write_text("".join(map(_to_line, kept)), encoding="utf-8")
             shortened.replace(path)
             self._file = path.open("a", encoding="utf-8")
@@ -61,7 +61,7 @@ class MetricsLog:
         """Adds one line, out of this process when it returns; numbers that are not finite become null."""
         if self._file is None:
             return
-        with _refusals_named(self._path):
+        with refusals_named(self._path):
             self._file.write(_to_line({"kind": kind, "step": step, **values}))
             self._file.flush()
         if self._tensorboard is not None:
@@ -76,7 +76,7 @@ class MetricsLog:
 
     def close(self) -> None:
         if self._file is not None:
-            with _refusals_named(self._path):  # writes again what was refused before
+            with refusals_named(self._path):  # writes again what was refused before
                 self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -134,7 +134,7 @@ def show_progress(bar: tqdm, values: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _refusals_named(path: Path) -> Iterator[None]:
+def refusals_named(path: Path) -> Iterator[None]:
     """The operating system's errors of writing, unlike those of opening, do not say which file they are about."""
     try:
         yield

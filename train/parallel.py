@@ -54,7 +54,8 @@ def distribute(
     """
     if ranks.size == 1 or parallel.strategy == "ddp":
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        return DistributedDataParallel(model) if ranks.size > 1 else model
+        # Gradients live in the buckets they travel in: otherwise both would take their room.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.size > 1 else model
     if parallel.strategy == "hybrid":
         assert parallel.shard_size is not None
         shape = ranks.size // parallel.shard_size, parallel.shard_size

@@ -54,11 +54,13 @@ from train.config import (
 )
 from train.data import DataError, Mixture, PackedLoader, TokenShards
 from train.distributed import PeerFailure, Ranks, means_lost_rank
+from train.environment import record_start
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.parallel import check_parallel, distribute
 from train.schedule import learning_rate_factor, sharpening
 from train.signals import StopRequests
+from train.spikes import SpikeRule
 from train.step import (
     STOPS,
     Model,
@@ -69,6 +71,7 @@ from train.step import (
     forward_backward,
     mean_losses,
     model_flops,
+    over_ranks,
     spare_the_collector,
     training_flops,
     update_parameters,
@@ -101,7 +104,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         DataError, CheckpointError: data or checkpoint do not fit the run, or cannot be read or written.
         ConfigError: no such device, or ranks that cannot be grouped as `parallel` asks.
         CompilationError: `compile` is asked for and cannot work here.
-        TrainingError: `max_bad_steps` in a row had no finite loss and gradient.
+        TrainingError: `max_bad_steps` in a row were skipped, or there were too many spikes.
     """
     ranks.on_first(lambda: check_parallel(run.parallel, ranks))
     run_dir, device = Path(run.output), choose_device(run, ranks)
@@ -149,13 +152,17 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         state.flops += training_flops(numbers.sums, model, run.batch)
         state.skipped += numbers.skipped
         state.bad_in_a_row = state.bad_in_a_row + 1 if numbers.skipped else 0
-        if state.bad_in_a_row >= run.max_bad_steps:
-            raise TrainingError(
-                f"step {numbers.step}: loss or gradient not finite in {state.bad_in_a_row} steps in a row; "
-                f"{remedy(run, checkpoint)}, or look at the data"
-            )
+        state.spikes += numbers.spike
+        state.recent_spikes = state.recent_spikes * (1 - 1 / run.spikes.window) + numbers.spike
+        if numbers.spike and ranks.is_first:
+            bar.write(f"step {numbers.step}: skipped as a spike, its gradient's norm is {numbers.grad_norm:.4g}")
+        problem = too_many_skipped(run, state)
+        if problem is not None:
+            raise TrainingError(f"step {numbers.step}: {problem}; {remedy(run, checkpoint)}, or look at the data")
 
+    spikes = SpikeRule(run.spikes, state, device) if run.spikes.deviations is not None else None
     ranks.on_first(lambda: record_run(run))
+    ranks.on_first(lambda: record_start(run, state.step, ranks.size, device))
     if ranks.is_first:
         print_summary(run, model, loader, validation, state.step)
     throughput = Throughput()
@@ -189,8 +196,9 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             batches = [loader.batch(step, micro).to(device) for micro in range(run.batch.accumulation)]
             sums = forward_backward(run, parallel, batches, step, ranks)
             asked_to_stop = stop.number > 0
-            sums[STOPS] = float(asked_to_stop)
-            grad_norm, skipped = update_parameters(optimizer, ranks.sum(sums), run.optimizer.clip_norm)
+            sums[STOPS].fill_(asked_to_stop)
+            sums = over_ranks(sums, ranks)
+            outcome = update_parameters(optimizer, sums, run.optimizer.clip_norm, spikes)
             state.step += 1
             if state.step == warm:
                 spare_the_collector()
@@ -203,7 +211,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             evaluates = evaluation_due(run, state.step)
             # Numbers are read a step late, when the device has other work to go on with, unless they are needed now.
             needed = logs or saves or evaluates or (asked_to_stop and ranks.size == 1)
-            unread.append(UnreadNumbers(state.step, sums, grad_norm, skipped))
+            unread.append(UnreadNumbers(state.step, sums, outcome))
             while len(unread) > (0 if needed or stopping else 1):
                 numbers = unread.popleft().read()
                 account(numbers)
@@ -217,6 +225,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                     "tokens": state.tokens,
                     "flops": state.flops,
                     "skipped": state.skipped,
+                    **({"spikes": state.spikes} if spikes is not None else {}),
                     "tokens_per_second": (rate := throughput.rate()),
                 }
                 if peak_flops is not None and state.step > warm:  # before, seconds went into compilation
@@ -228,6 +237,8 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             bar.update()
 
             if saves or stopping:
+                if spikes is not None:
+                    spikes.write_to(state)
                 checkpoint = save()
                 throughput.restart()
             if stopping and not is_last:
@@ -268,8 +279,18 @@ def lacks_evaluation(run: RunConfig, step: int) -> bool:
     return step not in recorded
 
 
+def too_many_skipped(run: RunConfig, state: TrainingState) -> str | None:
+    """Why a run has to stop, if so many of its last steps moved nothing that it is on no good way."""
+    if state.bad_in_a_row >= run.max_bad_steps:
+        spike = ", or a spike," if run.spikes.deviations is not None else ""
+        return f"loss or gradient not finite{spike} in {state.bad_in_a_row} steps in a row"
+    if state.recent_spikes > run.spikes.most:
+        return f"more than {run.spikes.most} spikes in about {run.spikes.window} steps"
+    return None
+
+
 def remedy(run: RunConfig, checkpoint: Path | None) -> str:
-    """What may help a run whose losses are no longer finite."""
+    """What may help a run whose steps are no longer good ones."""
     if checkpoint is None:
         return f"there is no checkpoint yet: delete {run.output} and start again with a lower optimizer.lr_token"
     return (

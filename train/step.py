@@ -28,12 +28,13 @@ from train.data import PackedBatch
 from train.distributed import Ranks
 from train.metrics import bits_per_byte
 from train.parallel import gradients_travel, unwrapped, whole
+from train.spikes import SpikeRule
 
 Model = DLCMForCausalLM | LlamaBaselineForCausalLM
 
 
 class StepSums(NamedTuple):
-    """What a step adds up over micro-batches and ranks. A model without concepts leaves theirs at 0."""
+    """What a step adds up over micro-batches and ranks (`over_ranks`). A model without concepts leaves theirs at 0."""
 
     # counted by the host
     targets: float
@@ -41,15 +42,18 @@ class StepSums(NamedTuple):
     tokens: float
     squared_lengths: float  # of documents: the cost of attention goes with it
     concepts: float
+    micro_batches: float
     stops: float  # ranks that were told to stop
     # computed by the device
     ce: float  # shares of the mean cross-entropy, in nats
     aux: float  # of the sequences' own ratio losses, their shares
     boundaries: float
     probability: float
+    # no sum, but the largest of all
+    most_concepts: float  # of a micro-batch
 
 
-STOPS, CE = StepSums._fields.index("stops"), StepSums._fields.index("ce")
+CONCEPTS, STOPS, CE, MOST = map(StepSums._fields.index, ("concepts", "stops", "ce", "most_concepts"))
 NUM_COUNTED = CE
 
 
@@ -166,18 +170,42 @@ def add_to_sums_(sums: Tensor, output: Any, batch: PackedBatch) -> None:
         len(batch.input_ids),
         float(batch.cu_seqlens.diff().double().square().sum()),  # cu_seqlens is on the CPU
         len(output.concept_lengths) if has_concepts else 0,
+        1,
         0,  # stops: the loop's to say
     ]
     computed = [output.ce_loss]
     if has_concepts:
         computed += [output.aux_loss, output.parser_statistics.boundaries, output.parser_statistics.probability]
     on_host = torch.tensor(counted, dtype=torch.float64, pin_memory=sums.is_cuda)
-    sums[:NUM_COUNTED] += on_host.to(sums.device, non_blocking=True)
+    counts = on_host.to(sums.device, non_blocking=True)
+    sums[:NUM_COUNTED] += counts
+    torch.maximum(sums[MOST], counts[CONCEPTS], out=sums[MOST])
     sums[NUM_COUNTED : NUM_COUNTED + len(computed)] += torch.stack([x.detach().double() for x in computed])
 
 
-def update_parameters(optimizer: torch.optim.AdamW, sums: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
-    """Moves the parameters along the gradient, clipped, unless a number of the step is not finite.
+def over_ranks(sums: Tensor, ranks: Ranks) -> Tensor:
+    """The `StepSums` of all ranks, of this rank's, by one collective.
+
+    Every rank has a slot for its largest number beside the sums, where others add nothing.
+    """
+    slots = sums.new_zeros(ranks.size)
+    slots[ranks.rank : ranks.rank + 1] = sums[MOST:]
+    added, largest = ranks.sum(torch.cat([sums[:MOST], slots])).split([MOST, ranks.size])
+    return torch.cat([added, largest.max()[None]])
+
+
+class Outcome(NamedTuple):
+    """What became of a step, on the device."""
+
+    grad_norm: Tensor  # before clipping
+    skipped: Tensor  # 1 where it moved nothing, else 0
+    spike: Tensor  # 1 where it was skipped as a spike, else 0
+
+
+def update_parameters(
+    optimizer: torch.optim.AdamW, sums: Tensor, clip_norm: float, spikes: SpikeRule | None = None
+) -> Outcome:
+    """Moves the parameters along the gradient, clipped, unless a number of the step is not finite, or it is a spike.
 
     One non-finite number would spoil every parameter: such a step moves none. Decided on the device, in the way of
     torch's GradScaler: a fused optimizer divides gradients by `grad_scale`, and does nothing where `found_inf` is 1.
@@ -186,18 +214,18 @@ def update_parameters(optimizer: torch.optim.AdamW, sums: Tensor, clip_norm: flo
         optimizer: fused.
         sums: the `StepSums` of all ranks.
         clip_norm: what longer gradients are shortened to.
-
-    Returns:
-        The gradient's norm before clipping, and 1 or 0, whether the step was skipped; on the device.
+        spikes: says which gradients are too long; None: none is.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
-    skipped = (~(grad_norm.isfinite() & sums.isfinite().all())).float()
+    finite = grad_norm.isfinite() & sums.isfinite().all()
+    spike = torch.zeros_like(finite) if spikes is None else spikes.is_spike(grad_norm) & finite
+    skipped = (~finite | spike).float()
     optimizer.grad_scale = (grad_norm / clip_norm).clamp(min=1)  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
-    return grad_norm, skipped
+    return Outcome(grad_norm, skipped, spike.float())
 
 
 def spare_the_collector() -> None:
@@ -226,6 +254,7 @@ class StepNumbers(NamedTuple):
     sums: StepSums
     grad_norm: float  # before clipping
     skipped: bool
+    spike: bool
 
 
 class UnreadNumbers:
@@ -234,14 +263,14 @@ class UnreadNumbers:
     Once the next step has been handed to the device they cost no time to read: it has other work to go on with.
     """
 
-    def __init__(self, step: int, sums: Tensor, grad_norm: Tensor, skipped: Tensor):
+    def __init__(self, step: int, sums: Tensor, outcome: Outcome):
         self._step = step
-        self._numbers = OnHost(torch.cat([sums, torch.stack([grad_norm, skipped]).double()]))
+        self._numbers = OnHost(torch.cat([sums, torch.stack(outcome).double()]))
 
     def read(self) -> StepNumbers:
         """The numbers; waits until the step is done."""
-        *sums, grad_norm, skipped = self._numbers.read()
-        return StepNumbers(self._step, StepSums(*sums), grad_norm, bool(skipped))
+        *sums, grad_norm, skipped, spike = self._numbers.read()
+        return StepNumbers(self._step, StepSums(*sums), grad_norm, bool(skipped), bool(spike))
 
 
 def mean_losses(sums: StepSums, model: Model) -> dict[str, float]:
@@ -265,6 +294,9 @@ def concept_metrics(sums: StepSums, model: Model) -> dict[str, float]:
         "boundary_rate": sums.boundaries / sums.tokens,
         "mean_probability": sums.probability / sums.tokens,
     }
+    if sums.micro_batches > 1:
+        # While the backbone of one is at work, others wait (see eval/imbalance.py).
+        values["concept_imbalance"] = sums.most_concepts * sums.micro_batches / sums.concepts
     if isinstance(model.detector, LearnedDetector):
         values["sharpening"] = model.detector.sharpening
     return values

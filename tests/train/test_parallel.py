@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import train.pretrain
 from tests.train.tiny import prepare_tiny, write_config
 from train.checkpoint import latest_checkpoint, load_state
-from train.config import ConfigError, ParallelConfig
+from train.config import ConfigError, ParallelConfig, RunConfig
 from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
 from train.parallel import check_parallel
@@ -22,7 +25,7 @@ from train.pretrain import main
 
 ROOT = Path(__file__).parents[2]
 # One group of ranks runs one command line after the other, some from a copy of a checkpoint. The residual stream is
-# fp32 in all of them; and it is counted how often gradients are scattered.
+# fp32 in all of them; it is counted how often gradients are scattered; and runs called so have a spike.
 RUN_ALL = """
 import functools, json, sys
 import torch
@@ -30,7 +33,7 @@ import torch.distributed as dist
 import train.pretrain as module
 from dlcm.blocks import TransformerStack
 from dlcm.compilation import compile_blocks_
-from tests.train.test_parallel import copy_checkpoint
+from tests.train.test_parallel import copy_checkpoint, spiking
 
 def checked(stack, x, *arguments):
     y = through(stack, x, *arguments)
@@ -46,6 +49,7 @@ name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "r
 scatter = getattr(dist, name)
 setattr(dist, name, counted)
 module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
+module.forward_backward = spiking(module.forward_backward)
 ranks = module.Ranks()
 for arguments, copied in json.loads(sys.argv[1]):
     if copied:
@@ -68,7 +72,22 @@ def lost(run, model, batches, step, ranks):
 step_of, module.forward_backward = module.forward_backward, lost
 sys.exit(module.main([sys.argv[1]]))
 """
+HANG_ONE = """
+import datetime, os, signal, sys
+import train.distributed, train.pretrain as module
+
+def hung(run, model, batches, step, ranks):
+    if (step, ranks.rank) == (2, 1):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step_of(run, model, batches, step, ranks)
+
+train.distributed.PATIENCE = datetime.timedelta(seconds=3)
+step_of, module.forward_backward = module.forward_backward, hung
+sys.exit(module.main([sys.argv[1]]))
+"""
 STEPS, HALF = 4, 2
+SPIKE = 2  # counted from 0: the first step from which a run goes on
+WATCHED = {"deviations": 10.0, "window": 2}
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
 Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
 
@@ -79,6 +98,19 @@ def copy_checkpoint(source: str, target: str) -> None:
     (Path(target) / name).mkdir(parents=True)
     for file in (Path(source) / name).iterdir():
         (Path(target) / name / file.name).hardlink_to(file)
+
+
+def spiking(forward_backward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """In a run called so, the gradient of a step is a million times as long."""
+
+    def lengthened(run: RunConfig, parallel: torch.nn.Module, batches: Any, step: int, ranks: Ranks) -> torch.Tensor:
+        sums = forward_backward(run, parallel, batches, step, ranks)
+        if "spiked" in run.output and step == SPIKE:
+            for parameter in parallel.parameters():
+                parameter.grad *= 1e6
+        return sums
+
+    return lengthened
 
 
 class Runs:
@@ -136,6 +168,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.run_here(runs.start("one", 4))
     runs.run_here(runs.start("few", 2))
     runs.run_here(runs.start("llama", 4, "llama"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.pretrain, "forward_backward", spiking(train.pretrain.forward_backward))
+        runs.run_here(runs.start("spiked-one", 4, spikes=WATCHED))
     changed = ["batch.accumulation=1", "parallel.strategy=hybrid", "parallel.shard_size=2"]
     runs.run_on(
         4,
@@ -154,6 +189,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("compiled-fsdp", 2, parallel=FSDP, activation_checkpointing="full", compile=True),
         runs.start("bf16-ddp", 2, precision="bf16"),
         runs.start("bf16-fsdp", 2, precision="bf16", parallel=FSDP),
+        runs.start("spiked-ddp", 2, spikes=WATCHED),
+        runs.start("spiked-fsdp", 2, spikes=WATCHED, parallel=FSDP),
+        runs.resume("spiked-fsdp-fsdp", "spiked-fsdp"),
         runs.resume("fsdp-fsdp", "fsdp"),
         runs.resume("ddp-ddp", "ddp"),
         runs.resume("hybrid-ddp", "hybrid", *changed),
@@ -198,6 +236,8 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
         ("few-ddp", "few"),
         ("few-fsdp", "few"),
         ("llama-fsdp", "llama"),
+        ("spiked-ddp", "spiked-one"),
+        ("spiked-fsdp", "spiked-one"),
     ],
 )
 def test_every_strategy_is_the_run_of_one_process(name: str, expected: str, runs: Runs):
@@ -217,9 +257,16 @@ def test_a_run_goes_on_under_another_strategy_on_another_number_of_processes(nam
     assert load_state(latest_checkpoint(runs[name])).world_size == processes
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid"])
+@pytest.mark.parametrize("name", ["spiked-one", "spiked-ddp", "spiked-fsdp"])
+def test_all_ranks_skip_a_spike(name: str, runs: Runs):
+    before, after = (load_state(runs[name] / "checkpoints" / f"step_{step:08d}") for step in (HALF, STEPS))
+    assert (before.spikes, after.spikes, after.skipped, after.norms) == (0, 1, 1, STEPS)
+    assert [line["spikes"] for line in metrics(runs[name]) if line["kind"] == "train"] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid", "spiked-fsdp"])
 def test_a_run_goes_on_unchanged_bit_for_bit(name: str, runs: Runs):
-    resumed = runs[f"{name}-{name}"]
+    resumed = runs[f"{name}-{name.removeprefix('spiked-')}"]
     assert metrics(resumed, HALF) == metrics(runs[name], HALF)
     ours, theirs = tensors(resumed), tensors(runs[name])
     assert ours.keys() == theirs.keys()
@@ -249,6 +296,32 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(runs: R
     assert "rank 0 lost another, which ended or hung (" in error and "continue with --resume RUN_DIR" in error
     assert main(["--resume", str(runs["lost"]), "batch.accumulation=4"]) == 0
     assert_close(runs["lost"], runs["one"])
+
+
+def test_a_hung_rank_ends_the_run(runs: Runs):
+    """Started by hand, since torchrun waits half a minute for a process that does not heed SIGTERM."""
+    (config,), _ = runs.start("hung", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", HANG_ONE, config],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        _, said = first.communicate(timeout=120)
+        assert first.returncode == 2 and second.poll() is None
+        assert "error: rank 0 lost another, which ended or hung (" in said and "--resume RUN_DIR" in said
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
 def test_ranks_wait_for_each_other_for_so_long(monkeypatch: pytest.MonkeyPatch):

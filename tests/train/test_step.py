@@ -14,14 +14,26 @@ from dlcm.compilation import compile_blocks_
 from dlcm.host import OnHost
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from tests.waits import counting_waits, masked_sdpa
-from train.config import RunConfig, load_run_config
+from train.checkpoint import TrainingState
+from train.config import RunConfig, SpikesConfig, load_run_config
 from train.data import PackedBatch, PackedLoader, TokenShards
 from train.distributed import Ranks
 from train.pretrain import build_model, build_optimizer
-from train.step import CE, Model, UnreadNumbers, forward_backward, update_parameters
+from train.spikes import SpikeRule
+from train.step import (
+    CE,
+    Model,
+    StepSums,
+    UnreadNumbers,
+    concept_metrics,
+    forward_backward,
+    over_ranks,
+    update_parameters,
+)
 from train.tokenizer import load_tokenizer
 
 ARCHITECTURES = list(MODELS)
+STATE = TrainingState("data", "tokenizer", 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +82,26 @@ def test_clipping_and_skipping_on_the_device_equal_their_slow_twin(clip_norm: fl
         expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), clip_norm)
         if not bad:
             slow.step()
-        grad_norm, skipped = update_parameters(optimizer, sums, clip_norm)
+        grad_norm, skipped, spike = update_parameters(optimizer, sums, clip_norm)
         torch.testing.assert_close(grad_norm, expected_norm, equal_nan=True)
-        assert bool(skipped) is bad and all(parameter.grad is None for parameter in model.parameters())
+        assert bool(skipped) is bad and not spike and all(parameter.grad is None for parameter in model.parameters())
         after = parameters_and_state(model, optimizer)
         assert all(map(torch.equal, before, after)) is bad
         torch.testing.assert_close(after, parameters_and_state(twin, slow), rtol=2e-5, atol=1e-7)
 
 
 def train_step(
-    run: RunConfig, model: Model, optimizer: torch.optim.AdamW, batches: list[PackedBatch], step: int
+    run: RunConfig,
+    model: Model,
+    optimizer: torch.optim.AdamW,
+    batches: list[PackedBatch],
+    step: int,
+    spikes: SpikeRule | None = None,
 ) -> UnreadNumbers:
     """What the loop of `train.pretrain` hands to the device."""
     sums = forward_backward(run, model, batches, step, Ranks())
-    return UnreadNumbers(step + 1, sums, *update_parameters(optimizer, sums, run.optimizer.clip_norm))
+    sums = over_ranks(sums, Ranks())
+    return UnreadNumbers(step + 1, sums, update_parameters(optimizer, sums, run.optimizer.clip_norm, spikes))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -94,9 +112,10 @@ def test_a_training_step_waits_once_a_micro_batch(
     monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
     run, model, optimizer, loader = open_tiny(architecture, data, tmp_path, batch={"accumulation": accumulation})
     batches = [loader.batch(0, micro) for micro in range(accumulation)]
-    train_step(run, model, optimizer, batches, 0)
+    spikes = SpikeRule(SpikesConfig(deviations=6.0, window=2), STATE, torch.device("cpu"))
+    train_step(run, model, optimizer, batches, 0, spikes)
     with counting_waits() as places:
-        unread = train_step(run, model, optimizer, batches, 1)
+        unread = train_step(run, model, optimizer, batches, 1, spikes)
     # cu_seqlens lies on the CPU, whatever the model does: its check, and its squares, wait for nothing.
     del places["dlcm/layout.py:from_cu_seqlens"]
     assert places.pop("train/step.py:add_to_sums_") == accumulation
@@ -104,6 +123,18 @@ def test_a_training_step_waits_once_a_micro_batch(
     numbers = unread.read()
     assert numbers.step == 2 and not numbers.skipped and numbers.grad_norm > 0
     assert numbers.sums.tokens == accumulation * 4 * 32
+
+
+def test_the_imbalance_is_that_of_the_largest_micro_batch(data: Path, tmp_path: Path):
+    run, model, _, loader = open_tiny("dlcm", data, tmp_path, batch={"accumulation": 3})
+    batches = [loader.batch(0, micro) for micro in range(3)]
+    outputs: list[int] = []
+    model.register_forward_hook(lambda *arguments: outputs.append(len(arguments[-1].concept_lengths)))
+    sums = StepSums(*over_ranks(forward_backward(run, model, batches, 0, Ranks()), Ranks()).tolist())
+    assert len(set(outputs)) > 1 and sums.concepts == sum(outputs) and sums.micro_batches == 3
+    assert concept_metrics(sums, model)["concept_imbalance"] == pytest.approx(max(outputs) / (sum(outputs) / 3))
+    alone = StepSums(*forward_backward(run, model, batches[:1], 0, Ranks()).tolist())
+    assert "concept_imbalance" not in concept_metrics(alone, model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -131,15 +162,16 @@ class TestOnCuda:
         run, model, optimizer, loader = self.open(architecture, data, tmp_path)
         if compiled:
             compile_blocks_(model)
+        spikes = SpikeRule(SpikesConfig(deviations=6.0, window=2), STATE, torch.device("cuda"))
         for step in range(3):  # warm
-            train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step)
+            train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step, spikes)
         waits = []
         read = OnHost.read
         monkeypatch.setattr(OnHost, "read", lambda self: (self._read is None and waits.append(self)) or read(self))
         torch.cuda.set_sync_debug_mode("error")
         unread = None
         for step in range(3, 6):
-            latest = train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step)
+            latest = train_step(run, model, optimizer, [loader.batch(step).to("cuda")], step, spikes)
             if unread is not None:
                 unread.read()
             unread = latest
