@@ -75,7 +75,7 @@ def nothing_is_unpickled_or_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(builtins, "input", refuse)
-    monkeypatch.setattr("train.checkpoint._commit", lambda: None)  # git is the one program that may be run
+    monkeypatch.setattr("train.saving._commit", lambda: None)  # git is the one program that may be run
     monkeypatch.setenv("RUST_BACKTRACE", "0")  # of the tokenizers package; it takes much memory
 
 

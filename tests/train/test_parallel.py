@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from tests.train.tiny import prepare_tiny, write_config
-from train.checkpoint import latest_checkpoint, load_state
+from train.checkpoint import KINDS, SavedTensors, latest_checkpoint, load_state
 from train.config import ConfigError, ParallelConfig
 from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
@@ -170,7 +169,7 @@ def metrics(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(run_dir)
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+    return {name: x for kind in KINDS for name, x in SavedTensors(checkpoint, kind).all().items()}
 
 
 def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
@@ -237,7 +236,7 @@ def test_sharded_in_bf16_is_ddp_in_bf16(runs: Runs):
     """Gains of norms are rounded to bf16, which all that they scale is then, too."""
     for ours, theirs in zip(metrics(runs["bf16-fsdp"]), metrics(runs["bf16-ddp"]), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    parameters = load_file(latest_checkpoint(runs["bf16-fsdp"]) / "model.safetensors")
+    parameters = SavedTensors(latest_checkpoint(runs["bf16-fsdp"]), "model").all()
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     assert any((parameter != parameter.bfloat16()).any() for parameter in parameters.values())
 
