@@ -4,7 +4,8 @@
 
 Moments are drawn from the seed, as far as a clock allows: in the middle of a step, while the process starts, and (every
 other one) while a checkpoint is being written. Before each restart the newest checkpoint must be good, and at most one
-interval of steps lost; at the end parameters, optimizer and metrics must be those of the other run, bit for bit.
+interval of steps lost, or two where a checkpoint was being written; at the end parameters, optimizer and metrics must
+be those of the other run, bit for bit.
 """
 
 import argparse

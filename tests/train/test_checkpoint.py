@@ -49,20 +49,26 @@ class Trained:
         self.model = DLCMForCausalLM(tiny_config(**TRAINED | overrides))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         for _ in range(updates):
-            for parameter in self.model.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            self.optimizer.step()
+            self.update()
 
-    def save(self, run_dir: Path, step: int, keep: int = 2) -> Path:
-        run = RunConfig(
+    def update(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        self.optimizer.step()
+
+    def run(self, run_dir: Path, **retention: int) -> RunConfig:
+        return RunConfig(
             output=str(run_dir),
             model={"architecture": "dlcm", "vocab_size": 258},
             data=DataConfig(path="data", sequence_length=8),
             batch=BatchConfig(rows=1),
             optimizer=OptimizerConfig(lr_token=1e-3, lr_concept=1e-3, lr_boundary=1e-4, lr_other=1e-3),
             schedule=ScheduleConfig(steps=10),
-            checkpoint=CheckpointConfig(keep=keep),
+            checkpoint=CheckpointConfig(every=3, **retention),
         )
+
+    def save(self, run_dir: Path, step: int, keep: int = 2) -> Path:
+        run = self.run(run_dir, keep=keep)
         state = TrainingState("fingerprint", "hash", 1, step=step, tokens=8 * step, flops=1.5)
         with CheckpointSaver(run, self.model, self.optimizer, byte_tokenizer(), Ranks()) as saver:
             return saver.save(state)
@@ -262,7 +268,9 @@ def test_another_models_checkpoint_is_refused(run_dir: Path):
 def test_state_of_an_unknown_parameter_is_refused(run_dir: Path):
     other = Trained(updates=0)
     optimizer = torch.optim.AdamW([other.model.lm_head.weight])
-    with pytest.raises(CheckpointError, match=r"optimizer.safetensors: \S+ has shape .*, the model's None \(None: absent\)"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.safetensors: \S+ has shape .*, the model's None \(None: absent\)"
+    ):
         restore_checkpoint(latest_checkpoint(run_dir), other.model, optimizer)
 
 

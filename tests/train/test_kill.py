@@ -1,4 +1,4 @@
-"""No moment to die costs a run more than the steps since its last checkpoint, nor changes what it comes to."""
+"""No moment to die costs a run more than the steps since its last finished checkpoint, nor changes its outcome."""
 
 import os
 from collections.abc import Callable
