@@ -2,7 +2,6 @@
 
 import functools
 import io
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,22 +9,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
-from dlcm.flops import parameter_counts
+from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from train.checkpoint import (
     ANOTHER,
     CheckpointError,
     TrainingState,
-    check_shapes,
-    latest_checkpoint,
-    load_model_config,
+    checkpoint_directory,
+    load_model,
     load_state,
-    tensor_shapes,
-    verify_checkpoint,
 )
 from train.config import ConfigError, RunConfig, load_run_config
 from train.data import DataError
@@ -85,40 +79,6 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         raise CheckpointError(f"{directory}: its tokenizer is not the one it was trained with; {ANOTHER}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LoadedCheckpoint(directory, model.eval().to(device), tokenizer, run, state)
-
-
-def load_model(directory: Path) -> DLCMForCausalLM | LlamaBaselineForCausalLM:
-    """The model of a verified checkpoint. Unlike transformers' loader, it opens nothing but these two files.
-
-    Raises:
-        CheckpointError: they do not fit together.
-    """
-    # The run's own choice of backend may need half precision, which evaluation does not use.
-    config, weights = load_model_config(directory, attention_backend="auto"), directory / "model.safetensors"
-    described = sum(parameter_counts(config).values())
-    held = sum(math.prod(shape) for shape in tensor_shapes(weights).values())
-    if described != held:  # asked before anything of the described size is built
-        raise CheckpointError(
-            f"{directory}: config.json is of {described:,} parameters, model.safetensors of {held:,}; {ANOTHER}"
-        )
-    with torch.device("meta"):
-        model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
-    check_shapes(weights, model.state_dict())
-    model.load_state_dict(load_file(weights), assign=True)
-    return model
-
-
-def checkpoint_directory(path: Path) -> Path:
-    """The verified checkpoint that a path means (see `load_checkpoint`)."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give a run directory or a checkpoint")
-    if (path / "checkpoints").is_dir():
-        return latest_checkpoint(path)
-    try:
-        verify_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {ANOTHER}") from error
-    return path
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, text: str) -> EncodedDocument:

@@ -38,9 +38,10 @@ from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint,
 from eval.report import labels_of, publish, with_error, with_interval
 from eval.scoring import BATCH_TOKENS, DTYPES, Dtype, Request, Score, Scorer
 from eval.uncertainty import Ratio, mean_error, mean_paired_difference, paired_difference
+from train.checkpoint import tensor_files
 from train.documents import open_sources
 
-IDENTITY_FILES = ("model.safetensors", "config.json", "tokenizer.json")  # what scores depend on
+IDENTITY_FILES = ("config.json", "tokenizer.json")  # what scores depend on, besides the model's tensors
 MEAN = "mean"  # what the last row of a table is called
 
 
@@ -288,7 +289,8 @@ class ScoredCheckpoint:
         self.path, self.directory = checkpoint_directory(path), directory
         self.dtype, self.batch_tokens, self.check = dtype, batch_tokens, check
         checksums = json.loads((self.path / "checksums.json").read_text(encoding="utf-8"))
-        self._identity = [checksums.get(name) for name in IDENTITY_FILES]
+        names = (*tensor_files(self.path, "model"), *IDENTITY_FILES)
+        self._identity = [checksums.get(name) for name in names]
         self._scorers: tuple[Scorer, Scorer | None] | None = None
 
     def scores(self, task: str, questions: Sequence[Question]) -> TaskScores:

@@ -1,42 +1,50 @@
 """Checkpoints: a directory alone is enough to resume, evaluate or export a run.
 
     RUN/checkpoints/step_00000100/
-        model.safetensors, config.json, ...   what `save_pretrained` of model and tokenizer write
-        run.yaml                              the resolved configuration
-        optimizer.safetensors                 AdamW's state, `exp_avg.NAME` and so on by parameter name
-        state.json                            how far the run is, on what data, under which versions
-        checksums.json                        sha256 of every other file, written last
+        model.safetensors           parameters, in fp32
+        config.json, ...            what `save_pretrained` of model and tokenizer write beside them
+        run.yaml                    the resolved configuration
+        optimizer.safetensors       AdamW's state, `exp_avg.NAME` and so on by parameter name
+        state.json                  how far the run is, on what data, under which versions
+        checksums.json              sha256 of every other file, written last
 
-It is written beside its final name, synced and renamed: there is never a moment without a good checkpoint.
-There is no random state to save, since every draw of a run is a function of its seed and the step.
+Of N processes each writes a share of the tensors, every one of them whole. Then there are as many files,
+model-00001-of-0000N.safetensors and so on, and model.safetensors.index.json, which says what is where, as transformers
+does it; and the same of `optimizer`. So every checkpoint is one of transformers, and fits any strategy and number of
+processes, of which each reads its part.
+
+`train.saving` writes them. There is no random state to save, since every draw of a run is a function of its seed and
+the step.
 """
 
 import dataclasses
 import json
 import math
-import shutil
+import re
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from dlcm import DLCMConfig, LlamaBaselineConfig
-from train.config import MODEL_CONFIGS, RunConfig, save_run_config
-from train.data import file_sha256, sync
-from train.environment import environment
-from train.parallel import part_of, whole
+from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.flops import parameter_counts
+from train.config import MODEL_CONFIGS
+from train.data import file_sha256
+from train.parallel import Readable, fill_
 
-# What every checkpoint holds, besides files that differ between transformers' versions and tokenizers.
-REQUIRED_FILES = ("model.safetensors", "config.json", "run.yaml", "optimizer.safetensors", "state.json")
+KINDS = ("model", "optimizer")  # of tensors
+# What every checkpoint holds, besides tensors, and files that differ between transformers' versions and tokenizers.
+REQUIRED_FILES = ("config.json", "run.yaml", "state.json")
+CHECKSUMS = "checksums.json"
 ANOTHER = "use another checkpoint, or copy this one again"  # what helps where one is damaged
+FP32, FLOATS = ("F32",), ("F32", "BF16", "F16")  # as safetensors calls them
 
 
 class CheckpointError(RuntimeError):
@@ -62,70 +70,6 @@ class TrainingState:
     norms: int = 0  # and of how many
 
 
-class Tensors(NamedTuple):
-    """What a checkpoint holds of model and optimizer, by name; whole, however the run shards them."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-
-
-def whole_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer, kept: bool = True) -> Tensors:
-    """The tensors themselves, or copies on the CPU of what is sharded: gathered one by one, to every rank, which must
-    all ask; only where they are `kept` do they stay.
-    """
-
-    def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pairs = ((name, whole(x).cpu() if isinstance(x, DTensor) else x) for name, x in tensors.items())
-        return {name: x for name, x in pairs if kept}
-
-    return Tensors(gathered(model.state_dict()), gathered(optimizer_tensors(model, optimizer)))
-
-
-def save_checkpoint(
-    run_dir: Path,
-    model: PreTrainedModel,
-    tensors: Tensors,
-    tokenizer: PreTrainedTokenizerBase,
-    run: RunConfig,
-    state: TrainingState,
-) -> Path:
-    """Writes the checkpoint of `state.step`, then deletes all but the newest `run.checkpoint.keep`.
-
-    Raises:
-        CheckpointError: the disk refused (full, for example). Earlier checkpoints are untouched.
-    """
-    final = checkpoint_path(run_dir, state.step)
-    partial = final.with_suffix(".tmp")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _discard(partial)
-        partial.mkdir()
-        model.save_pretrained(partial, state_dict=tensors.model)
-        try:
-            tokenizer.save_pretrained(partial)
-        except Exception as error:  # where the disk refuses, the tokenizers package raises just that
-            raise OSError(str(error)) from error
-        save_run_config(run, partial / "run.yaml")
-        save_file(tensors.optimizer, partial / "optimizer.safetensors")
-        _write_json(partial / "state.json", dataclasses.asdict(state) | environment())
-        checksums = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
-        _write_json(partial / "checksums.json", checksums)
-        for file in [*partial.iterdir(), partial]:
-            sync(file)
-        _discard(final)  # exists only if it was found corrupt and the steps since were repeated
-        partial.rename(final)
-        sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final}: could not be written ({error}); earlier checkpoints are intact: "
-            f"make room, then continue with --resume {run_dir}"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
-    _prune(run_dir, state.step, run.checkpoint.keep)
-    return final
-
-
 def latest_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint of a run whose checksums hold; says on stderr which newer ones it passed over.
 
@@ -133,7 +77,7 @@ def latest_checkpoint(run_dir: Path) -> Path:
         CheckpointError: there is none.
     """
     refused: list[str] = []
-    for _, directory in _candidates(run_dir):
+    for _, directory in candidates(run_dir):
         try:
             verify_checkpoint(directory)
         except CheckpointError as error:
@@ -145,6 +89,23 @@ def latest_checkpoint(run_dir: Path) -> Path:
     if not refused:
         raise CheckpointError(f"{run_dir}: no checkpoint here; start the run with its config file")
     raise CheckpointError(f"{'; '.join(refused)}; copy one of them again, or start the run with another output")
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The verified checkpoint that a path means: itself, or the newest good one of a run.
+
+    Raises:
+        CheckpointError: there is none, or the one given is damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; give a run directory or a checkpoint")
+    if (path / "checkpoints").is_dir():
+        return latest_checkpoint(path)
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {ANOTHER}") from error
+    return path
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -159,7 +120,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def has_checkpoints(run_dir: Path) -> bool:
     """Whether any checkpoint, good or not, was written here to its end."""
-    return bool(_candidates(run_dir))
+    return bool(candidates(run_dir))
 
 
 def half_written(run_dir: Path) -> list[Path]:
@@ -169,21 +130,26 @@ def half_written(run_dir: Path) -> list[Path]:
 
 def verify_checkpoint(directory: Path) -> None:
     """Raises CheckpointError unless `directory` is a complete checkpoint, every file as it was written."""
-    if not (directory / "checksums.json").is_file():
-        raise CheckpointError(f"{directory}: is half-written or no checkpoint (no checksums.json)")
-    _check_inside(directory, "checksums.json")
-    checksums = _read_json(directory / "checksums.json")
-    for name in REQUIRED_FILES:
-        if name not in checksums:
-            raise CheckpointError(f"{directory}: checksums.json lacks {name}, so it was edited or damaged")
-    for name, checksum in checksums.items():
-        if Path(name).name != name or not name.isprintable() or len(name.encode()) > 255:
-            raise CheckpointError(f"{directory}: checksums.json names {name!r}, which is no plain file name")
+    if not (directory / CHECKSUMS).is_file():
+        raise CheckpointError(f"{directory}: is half-written or no checkpoint (no {CHECKSUMS})")
+    _check_inside(directory, CHECKSUMS)
+    checksums = _read_json(directory / CHECKSUMS)
+    for name in checksums:
+        if not _is_plain(name):
+            raise CheckpointError(f"{directory}: {CHECKSUMS} names {name!r}, which is no plain file name")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory}: {name} is missing")
         _check_inside(directory, name)
-        if file_sha256(directory / name) != checksum:
-            raise CheckpointError(f"{directory}: {name} is corrupt (its sha256 is not the recorded one)")
+    for name in REQUIRED_FILES:
+        _check_listed(directory, name, checksums)
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(lambda name: file_sha256(directory / name), checksums)
+        for (name, checksum), actual in zip(checksums.items(), found, strict=True):
+            if actual != checksum:
+                raise CheckpointError(f"{directory}: {name} is corrupt (its sha256 is not the recorded one)")
+    for kind in KINDS:
+        for name in tensor_files(directory, kind):
+            _check_listed(directory, name, checksums)
 
 
 def load_state(directory: Path) -> TrainingState:
@@ -225,31 +191,123 @@ def load_model_config(directory: Path, **overrides: Any) -> DLCMConfig | LlamaBa
     raise CheckpointError(f"{directory}: config.json is of a {model_type!r:.80} model, none of {known}; {ANOTHER}")
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file of fp32, by its header alone.
+def file_of(kind: str, rank: int, world_size: int) -> str:
+    """The file to which a rank writes its share of a kind of tensors."""
+    return f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors" if world_size > 1 else f"{kind}.safetensors"
+
+
+def index_of(kind: str) -> str:
+    """The file that says where a kind of tensors lie, if there is not one file for all of them."""
+    return f"{kind}.safetensors.index.json"
+
+
+def tensor_files(directory: Path, kind: str) -> list[str]:
+    """Names of the files that hold a kind of tensors: of the one, or, as transformers does it, of those in the index.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the index cannot be read, or names what is no such file of this directory.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            other = next((name for name, one in slices.items() if one.get_dtype() != "F32"), None)
-            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no safetensors ({error}); {ANOTHER}") from error
-    if other is not None:
-        raise CheckpointError(f"{path}: {other} is not in fp32; {ANOTHER}")
-    return shapes
+    index = index_of(kind)
+    if (directory / file_of(kind, 0, 1)).exists() or not (directory / index).exists():
+        return [file_of(kind, 0, 1)]
+    _check_inside(directory, index)
+    where = _read_json(directory / index).get("weight_map")
+    if not isinstance(where, dict):
+        raise CheckpointError(f"{directory}: {index} has no weight_map; {ANOTHER}")
+    for name in where.values():
+        if not isinstance(name, str) or not re.fullmatch(rf"{kind}-\d{{5}}-of-\d{{5}}\.safetensors", name, re.ASCII):
+            raise CheckpointError(f"{directory}: {index} names {name!r:.80}, which is no file of a {kind}; {ANOTHER}")
+    return sorted(set(where.values()))
 
 
-def check_shapes(path: Path, expected: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless a safetensors file holds just these names and shapes, in fp32."""
-    shapes = tensor_shapes(path)
-    for name in sorted(expected.keys() | shapes.keys()):
-        found, wanted = shapes.get(name), tuple(expected[name].shape) if name in expected else None
-        if found != wanted:
-            raise CheckpointError(f"{path}: {name} has shape {found}, the model's {wanted} (None: absent); {ANOTHER}")
+class SavedTensors:
+    """Tensors of a kind, in their files: names and shapes by the headers alone; what is asked for is read.
+
+    Raises:
+        CheckpointError: a file is missing or no safetensors, or holds a tensor of another dtype, or one that another
+            file holds too.
+    """
+
+    def __init__(self, directory: Path, kind: str, dtypes: tuple[str, ...] = FP32):
+        names = tensor_files(directory, kind)
+        self.path = directory / (names[0] if len(names) == 1 else index_of(kind))
+        self._slices: dict[str, Any] = {}
+        for name in names:
+            _check_inside(directory, name)
+            path = directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing; {ANOTHER}")
+            try:
+                file = safe_open(path, "pt")
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: no safetensors ({error}); {ANOTHER}") from error
+            for key, one in slices.items():
+                if one.get_dtype() not in dtypes:
+                    raise CheckpointError(f"{path}: {key} is {one.get_dtype()}, not {' or '.join(dtypes)}; {ANOTHER}")
+                if key in self._slices:
+                    raise CheckpointError(f"{path}: {key} is in another file, too; {ANOTHER}")
+            self._slices |= slices
+        self.shapes = {key: tuple(one.get_shape()) for key, one in self._slices.items()}
+
+    def __getitem__(self, name: str) -> Readable:
+        return self._slices[name]
+
+    def all(self) -> dict[str, Tensor]:
+        """All of them, read."""
+        return {name: saved[...] for name, saved in self._slices.items()}
+
+    def check_shapes(self, expected: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError unless these are just the names and shapes."""
+        for name in sorted(expected.keys() | self.shapes.keys()):
+            found, wanted = self.shapes.get(name), tuple(expected[name].shape) if name in expected else None
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {found}, the model's {wanted} (None: absent); {ANOTHER}"
+                )
+
+
+def load_model(directory: Path) -> DLCMForCausalLM | LlamaBaselineForCausalLM:
+    """The model of a verified checkpoint. Unlike transformers' loader, it opens nothing but the model's files.
+
+    Raises:
+        CheckpointError: they do not fit together.
+    """
+    # The run's own choice of backend may need half precision, which evaluation does not use.
+    config = load_model_config(directory, attention_backend="auto")
+    model, saved = model_without_memory(directory, config), SavedTensors(directory, "model")
+    model.load_state_dict(saved.all(), assign=True)
+    return model
+
+
+def model_without_memory(
+    directory: Path, config: PreTrainedConfig, dtypes: tuple[str, ...] = FP32
+) -> DLCMForCausalLM | LlamaBaselineForCausalLM:
+    """A model of this config on the meta device, whose tensors are those that the directory holds.
+
+    Raises:
+        CheckpointError: they are not. How many numbers there are is compared before anything of that size is built.
+    """
+    assert isinstance(config, DLCMConfig | LlamaBaselineConfig)
+    saved = SavedTensors(directory, "model", dtypes)
+    described, held = sum(parameter_counts(config).values()), sum(map(math.prod, saved.shapes.values()))
+    if described != held:
+        raise CheckpointError(
+            f"{directory}: config.json is of {described:,} parameters, {saved.path.name} of {held:,}; {ANOTHER}"
+        )
+    with torch.device("meta"):
+        model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
+    saved.check_shapes(model.state_dict())
+    return model
+
+
+def check_model(directory: Path, config: PreTrainedConfig) -> None:
+    """Raises CheckpointError unless the checkpoint is of a model with just this config; allocates nothing."""
+    changes = config_changes(load_model_config(directory), config)
+    if changes:
+        words = ", ".join(f"{name} {old} != {new}" for name, (old, new) in changes.items())
+        raise CheckpointError(f"{directory}: is of another model config ({words}); use another output directory")
+    model_without_memory(directory, config)
 
 
 def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -258,13 +316,22 @@ def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch
     Raises:
         CheckpointError: the checkpoint is of a model with another config, or its tensors do not fit; names them.
     """
-    _check_same_config(directory, model.config)
-    parameters = model.state_dict()
-    check_shapes(directory / "model.safetensors", parameters)
-    whole_state = load_file(directory / "model.safetensors")
-    model.load_state_dict({name: part_of(x, parameters[name]) for name, x in whole_state.items()})
-    _load_optimizer(directory / "optimizer.safetensors", model, optimizer)
+    check_model(directory, model.config)
+    load_weights(directory, model)
+    _load_optimizer(directory, model, optimizer)
     return load_state(directory)
+
+
+def load_weights(directory: Path, model: PreTrainedModel, dtypes: tuple[str, ...] = FP32) -> None:
+    """Fills the model's tensors, each rank its part.
+
+    Raises:
+        CheckpointError: names or shapes of those that were saved are not the model's.
+    """
+    saved, tensors = SavedTensors(directory, "model", dtypes), model.state_dict()
+    saved.check_shapes(tensors)
+    for name, tensor in tensors.items():
+        fill_(tensor, saved[name])
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -276,39 +343,38 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {name: index for index, name in enumerate(ordered)}
+def _load_optimizer(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     parameters = dict(model.named_parameters())
-    state: dict[int, dict[str, Tensor]] = {}
-    tensor_shapes(path)  # or it is no such file
-    for key, value in load_file(path).items():
-        kind, _, name = key.partition(".")
-        if name not in index_of:
-            raise CheckpointError(f"{path}: holds state of {name!r}, which this model has not; {ANOTHER}")
-        is_moment = value.ndim > 0  # and not the number of steps
-        state.setdefault(index_of[name], {})[kind] = part_of(value, parameters[name]) if is_moment else value
-    for parameter, name in names.items():
-        found = {kind: value.shape for kind, value in state.get(index_of[name], {}).items()}
-        if found != {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": ()}:
-            raise CheckpointError(f"{path}: the state of {name!r} is missing or does not fit; {ANOTHER}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    names = {parameter: name for name, parameter in parameters.items()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    saved = SavedTensors(directory, "optimizer")
+    state = {
+        name: {
+            "step": torch.zeros(()),
+            "exp_avg": torch.empty_like(parameters[name]),
+            "exp_avg_sq": torch.empty_like(parameters[name]),
+        }
+        for name in ordered
+    }
+    expected = {f"{kind}.{name}": tensor for name, kinds in state.items() for kind, tensor in kinds.items()}
+    saved.check_shapes(expected)
+    for name, tensor in expected.items():
+        fill_(tensor, saved[name])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(enumerate(state[name] for name in ordered)), "param_groups": groups})
 
 
-def _check_same_config(directory: Path, config: PreTrainedConfig) -> None:
-    saved = load_model_config(directory)
+def config_changes(saved: PreTrainedConfig, config: PreTrainedConfig) -> dict[str, tuple[Any, Any]]:
+    """Entries of our own in which two model configs differ, with the value of each."""
     if saved.model_type != config.model_type:
-        raise CheckpointError(f"{directory}: holds a {saved.model_type!r} model, not {config.model_type!r}")
+        return {"model_type": (saved.model_type, config.model_type)}
     generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
     own = [entry.name for entry in dataclasses.fields(config) if entry.name not in generic]
-    differing = [name for name in own if getattr(saved, name) != getattr(config, name)]
-    if differing:
-        changes = ", ".join(f"{name} {getattr(saved, name)} != {getattr(config, name)}" for name in differing)
-        raise CheckpointError(f"{directory}: is of another model config ({changes}); use another output directory")
+    both = {name: (getattr(saved, name), getattr(config, name)) for name in own}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
+def candidates(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of all checkpoints under their final names, newest first."""
     found = []
     for directory in (run_dir / "checkpoints").glob("step_*"):
@@ -318,20 +384,13 @@ def _candidates(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _prune(run_dir: Path, newest: int, keep: int) -> None:
-    """Deletes all but the last `keep` checkpoints up to step `newest`.
-
-    Half-written ones, and later ones (refused when the run was resumed from before them), go too.
-    """
-    candidates = _candidates(run_dir)
-    kept = [directory for step, directory in candidates if step <= newest][:keep]
-    for directory in [*half_written(run_dir), *(directory for _, directory in candidates)]:
-        if directory not in kept:
-            shutil.rmtree(directory)
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _check_listed(directory: Path, name: str, checksums: Mapping[str, Any]) -> None:
+    if name not in checksums:
+        raise CheckpointError(f"{directory}: {CHECKSUMS} lacks {name}, so it was edited or damaged")
 
 
 def _check_inside(directory: Path, name: str) -> None:
@@ -347,8 +406,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.parent}: {path.name} does not hold a JSON object; {ANOTHER}")
     return content
-
-
-def _discard(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)

@@ -154,10 +154,11 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often, in steps, and how many of the newest checkpoints to keep."""
+    """How often, in steps, how many of the newest checkpoints to keep, and which of them for ever."""
 
     every: int = within(AT_LEAST_ONE, 500)
     keep: int = within(AT_LEAST_ONE, 2)
+    milestone_every: int | None = within(AT_LEAST_ONE, None)  # checkpoints of these steps are kept; null: of none
 
 
 @dataclass
@@ -169,6 +170,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on the CPU
     threads: int | None = within(AT_LEAST_ONE, None)  # of torch on the CPU; sums depend on it in the last bits
+    init_from: str | None = None  # a checkpoint, or what train.export wrote: its weights are the run's first
     compile: bool = False  # blocks, by torch.compile: a minute or more at the start, then faster steps
     activation_checkpointing: Literal["none", "full"] = "none"  # full: keep less memory, run each block twice
     model: dict[str, Any] = field(default_factory=dict)
@@ -268,6 +270,12 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(
             f"parallel.shard_size is {run.parallel.shard_size or 'null'} where parallel.strategy is "
             f"{run.parallel.strategy}; hybrid needs one, say the processes of a machine, others leave it null"
+        )
+    every, milestones = run.checkpoint.every, run.checkpoint.milestone_every
+    if milestones is not None and milestones % every:
+        raise ConfigError(
+            f"checkpoint.milestone_every is {milestones}, but there are checkpoints every {every} steps; set it to a "
+            f"multiple of checkpoint.every"
         )
     learned = isinstance(model_config, DLCMConfig) and model_config.segmenter == "learned"
     _check_given("optimizer.lr_concept", rates.lr_concept, isinstance(model_config, DLCMConfig), "concept parameters")

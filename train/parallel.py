@@ -8,14 +8,17 @@ A sharded parameter is a DTensor under its old name, so that roles, optimizer gr
 In a single process there is nothing to choose: the model is as it is.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dlcm.blocks import Block
@@ -94,10 +97,55 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor, which every rank has, if it is to live as `parameter` does."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    # A copy: a view would keep all of the tensor.
-    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None).clone()
+def owned_tensors(tensors: Mapping[str, Tensor], owner: Mapping[str, int], rank: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that this `rank` owns, whole. All ranks must ask, for all of them.
+
+    Shards travel to their owner alone, one tensor to each owner at a time: in all, a rank receives what it owns. The
+    last tensor that was given is all that is held of others' shards.
+
+    Args:
+        tensors: by name, the same names in the same order on all ranks; sharded ones of one dtype.
+        owner: a rank for each name.
+    """
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    yield from ((name, x.detach()) for name, x in tensors.items() if name not in sharded and owner[name] == rank)
+    if not sharded:
+        return
+    some = next(iter(sharded.values()))
+    group = some.device_mesh.get_group(some.device_mesh.ndim - 1)  # of hybrid shards, those that make up one copy
+    members = dist.get_process_group_ranks(group)
+    queues = [[name for name in sharded if owner[name] == member] for member in members]
+    for names in itertools.zip_longest(*queues):
+        sent = [some.to_local().new_empty(0) if name is None else sharded[name].to_local().flatten() for name in names]
+        own = names[members.index(rank)]
+        shape = torch.Size([0]) if own is None else sharded[own].shape
+        counts = [len(rows) * shape[1:].numel() for rows in _rows(shape[0], len(members))]
+        received = some.to_local().new_empty(sum(counts))  # in the order of ranks, which is that of rows
+        dist.all_to_all_single(received, torch.cat(sent).detach(), counts, [len(x) for x in sent], group=group)
+        if own is not None:
+            yield own, received.view(shape)
+
+
+class Readable(Protocol):
+    """A tensor in a file, of which slices can be read."""
+
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+@torch.no_grad()
+def fill_(tensor: Tensor, saved: Readable) -> None:
+    """Copies what this rank holds of a tensor from a file; of a sharded one, no other rows are read."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(saved[...])
+        return
+    mesh, part = tensor.device_mesh, tensor.to_local()
+    rows = _rows(tensor.shape[0], mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    assert len(rows) == len(part)
+    if rows:
+        part.copy_(saved[rows.start : rows.stop])
+
+
+def _rows(total: int, ranks: int) -> list[range]:
+    """Which rows of a tensor FSDP gives to each rank: as many as fit evenly, rounded up, while there are any."""
+    each = -(-total // ranks)
+    return [range(min(rank * each, total), min((rank + 1) * each, total)) for rank in range(ranks)]

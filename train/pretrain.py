@@ -13,6 +13,7 @@ boundary draws where `batch.rows` is kept: the same but for the order of sums.
 """
 
 import argparse
+import functools
 import math
 import os
 import signal
@@ -25,24 +26,30 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineForCausalLM
+from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
 from dlcm.attention import AttentionBackendError
 from dlcm.blocks import recompute_blocks_
 from dlcm.compilation import CompilationError, compile_blocks_
 from dlcm.flops import forward_flops
 from dlcm.mup import parameter_groups
 from train.checkpoint import (
+    CHECKSUMS,
+    FLOATS,
     CheckpointError,
     TrainingState,
+    check_model,
     checkpoint_path,
     checkpoint_step,
+    config_changes,
     half_written,
     has_checkpoints,
     latest_checkpoint,
+    load_model_config,
     load_state,
+    load_weights,
+    model_without_memory,
     restore_checkpoint,
-    save_checkpoint,
-    whole_tensors,
+    verify_checkpoint,
 )
 from train.config import (
     ConfigError,
@@ -58,6 +65,7 @@ from train.environment import record_start
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.parallel import check_parallel, distribute
+from train.saving import CheckpointSaver
 from train.schedule import learning_rate_factor, sharpening
 from train.signals import StopRequests
 from train.spikes import SpikeRule
@@ -77,7 +85,7 @@ from train.step import (
     update_parameters,
     uses_bf16,
 )
-from train.tokenizer import TokenizerError, load_tokenizer
+from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash
 from train.utilisation import UtilisationError, datasheet_peak, measured_peak, utilisation
 
 WARM_UP_STEPS = 3  # after which a training step compiles nothing more
@@ -124,29 +132,27 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         accumulation=run.batch.accumulation,
     )
 
+    state = TrainingState(training.fingerprint, training.tokenizer_hash, ranks.size)
+    model_config = final_model_config(run, training, tokenizer)
+    if checkpoint is not None:
+        ranks.on_first(functools.partial(check_continues, run, state, load_state(checkpoint), checkpoint))
+        ranks.on_first(functools.partial(check_model, checkpoint, model_config))
+    elif run.init_from is not None:
+        ranks.on_first(lambda: check_initial_weights(run, model_config, training))
     model = build_model(run, training, tokenizer)
     parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
     optimizer = build_optimizer(run, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    state = TrainingState(training.fingerprint, training.tokenizer_hash, ranks.size)
     if checkpoint is not None:
-        check_continues(run, state, load_state(checkpoint), checkpoint)
         state = restore_checkpoint(checkpoint, model, optimizer)
         state.world_size = ranks.size
+    elif run.init_from is not None:
+        load_weights(Path(run.init_from), model, FLOATS)
     recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
     peak_flops = measured_peak(device) if run.mfu == "measured" else datasheet_peak(device)
     model.train()
-
-    def save() -> Path:
-        tensors = whole_tensors(model, optimizer, kept=ranks.is_first)
-
-        def write() -> int:
-            save_checkpoint(run_dir, model, tensors, tokenizer, run, state)
-            return state.step
-
-        return checkpoint_path(run_dir, ranks.on_first(write))
 
     def account(numbers: StepNumbers) -> None:
         state.flops += training_flops(numbers.sums, model, run.batch)
@@ -158,6 +164,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             bar.write(f"step {numbers.step}: skipped as a spike, its gradient's norm is {numbers.grad_norm:.4g}")
         problem = too_many_skipped(run, state)
         if problem is not None:
+            saver.wait()  # for the checkpoint that is named
             raise TrainingError(f"step {numbers.step}: {problem}; {remedy(run, checkpoint)}, or look at the data")
 
     spikes = SpikeRule(run.spikes, state, device) if run.spikes.deviations is not None else None
@@ -168,6 +175,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     throughput = Throughput()
     with (
         StopSignal(repeats=ranks.size > 1) as stop,
+        CheckpointSaver(run, model, optimizer, tokenizer, ranks) as saver,
         MetricsLog(run_dir, state.step, active=ranks.is_first) as log,
         progress_bar(run.schedule.steps, state.step, shown=ranks.is_first) as bar,
         collector_whole_afterwards(),
@@ -195,7 +203,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
 
             batches = [loader.batch(step, micro).to(device) for micro in range(run.batch.accumulation)]
             sums = forward_backward(run, parallel, batches, step, ranks)
-            asked_to_stop = stop.number > 0
+            asked_to_stop = stop.number > 0 or saver.failed  # then the next save of all ranks says so
             sums[STOPS].fill_(asked_to_stop)
             sums = over_ranks(sums, ranks)
             outcome = update_parameters(optimizer, sums, run.optimizer.clip_norm, spikes)
@@ -239,15 +247,17 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             if saves or stopping:
                 if spikes is not None:
                     spikes.write_to(state)
-                checkpoint = save()
+                checkpoint = saver.save(state)
                 throughput.restart()
             if stopping and not is_last:
+                saver.wait()
                 if ranks.is_first:
                     bar.write(f"stopped after step {state.step}; continue: python -m train.pretrain --resume {run_dir}")
                 return stop.number or signal.SIGTERM
             # After the checkpoint, which nothing that fails here can cost; a resumed run makes up for it.
             if evaluates:
                 validate()
+        saver.wait()
     if ranks.is_first:
         print(f"finished {run_dir}: {checkpoint}")
     return 0
@@ -299,8 +309,10 @@ def remedy(run: RunConfig, checkpoint: Path | None) -> str:
     )
 
 
-def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTrainedTokenizerFast) -> Model:
-    """The model at its initialisation, which depends on the run's seed alone, on the CPU.
+def final_model_config(
+    run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTrainedTokenizerFast
+) -> DLCMConfig | LlamaBaselineConfig:
+    """The run's model config, with what the tokenizer decides.
 
     Raises:
         DataError: the data have more token ids than the model's vocabulary.
@@ -313,8 +325,52 @@ def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTra
         )
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    return config
+
+
+def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """The model at its initialisation, which depends on the run's seed alone, on the CPU.
+
+    Raises:
+        DataError: see `final_model_config`.
+    """
+    config = final_model_config(run, shards, tokenizer)
     torch.manual_seed(run.seed)
     return DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
+
+
+def check_initial_weights(run: RunConfig, config: DLCMConfig | LlamaBaselineConfig, shards: Mixture) -> None:
+    """Says where the model is not that of `init_from`, whose tensors must be this model's; allocates nothing.
+
+    Raises:
+        ConfigError: there are no weights there, or they are of another model or tokenizer; names the remedy.
+        CheckpointError: they are damaged.
+    """
+    directory = Path(run.init_from or "")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"init_from: {directory} has no config.json; give a checkpoint (RUN_DIR/checkpoints/step_...) or a "
+            f"directory that train.export wrote"
+        )
+    if (directory / CHECKSUMS).exists():
+        verify_checkpoint(directory)
+    changes = config_changes(load_model_config(directory), config)
+    words = [f"model.{name} from {old} to {new}" for name, (old, new) in changes.items()]
+    try:
+        model_without_memory(directory, config, FLOATS)
+    except CheckpointError as error:
+        if not changes:
+            raise
+        raise ConfigError(
+            f"init_from: {directory} does not fit a model that changes {', '.join(words)}; set `model` as it was there"
+        ) from error
+    if tokenizer_hash(load_tokenizer(str(directory))) != shards.tokenizer_hash:
+        raise ConfigError(
+            f"init_from: {directory} has another tokenizer than {shards.path}; prepare the text with "
+            f"--tokenizer {directory}"
+        )
+    for change in words:
+        print(f"changed  {change}")
 
 
 def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
@@ -394,7 +450,7 @@ def open_run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[RunConfig, Pa
     before, run = (load_run_config(record, overrides, resolved=True) for overrides in ((), arguments.overrides))
     changes = config_differences(before, run)
     for key, (old, new) in changes.items():
-        if key == "output" or key.startswith("model."):
+        if key in ("output", "init_from") or key.startswith("model."):
             raise ConfigError(
                 f"command line: {key} cannot change from {old} to {new} in a resumed run; start a run with its "
                 f"config file and another output"
@@ -481,7 +537,8 @@ def print_summary(run: RunConfig, model: Model, loader: PackedLoader, validation
     steps, per_step = run.schedule.steps, loader.tokens_per_step
     flops = forward_flops(model.config, run.data.sequence_length).total
     precision = "bf16 autocast" if uses_bf16(run, model.device) else "fp32"
-    print(f"run      {run.output}, {f'continued after step {step}' if step else 'from scratch'}")
+    beginning = "from scratch" if run.init_from is None else f"from the weights of {run.init_from}"
+    print(f"run      {run.output}, {f'continued after step {step}' if step else beginning}")
     print(
         f"model    {run.model['architecture']}, {model.num_parameters() / 1e6:.2f} M parameters, "
         f"{flops / 1e6:,.2f} MFLOP per token forward"

@@ -11,7 +11,9 @@ from dlcm import DLCMForCausalLM
 from eval.loading import decode, encode_document, load_checkpoint, visible
 from tests.conftest import tiny_config
 from tests.eval.conftest import Trained
-from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, save_checkpoint, whole_tensors
+from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint
+from train.distributed import Ranks
+from train.saving import CheckpointSaver
 from train.tokenizer import byte_tokenizer, tokenizer_hash
 
 
@@ -73,8 +75,9 @@ def test_a_backend_for_half_precision_does_not_keep_a_checkpoint_from_being_eval
     model = DLCMForCausalLM(tiny_config(vocab_size=len(tokenizer), attention_backend="torch_varlen"))
     run = load_checkpoint(trained.dlcm).run
     state = TrainingState("data", tokenizer_hash(tokenizer), world_size=1)
-    tensors = whole_tensors(model, torch.optim.AdamW(model.parameters()))
-    save_checkpoint(tmp_path, model, tensors, tokenizer, run, state)
+    run.output = str(tmp_path)
+    with CheckpointSaver(run, model, torch.optim.AdamW(model.parameters()), tokenizer, Ranks()) as saver:
+        saver.save(state)
     loaded = load_checkpoint(tmp_path)
     document = encode_document(loaded.tokenizer, "text")
     assert loaded.model(input_ids=document.input_ids_1T.to(loaded.model.device)).logits.isfinite().all()

@@ -1,13 +1,14 @@
-"""No moment to die costs a run more than the steps since its last checkpoint, nor changes what it comes to."""
+"""No moment to die costs a run more than the steps since its last finished checkpoint, nor changes its outcome."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from safetensors import SafetensorError
 
-import train.checkpoint
+import train.saving
 from tests.train.killing import main
 from tests.train.test_checkpoint import Trained
 from train.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
@@ -37,12 +38,12 @@ def full_tokenizers(*arguments: object, **options: object) -> None:
 
 PLACES: dict[str, tuple[object, str, Callable[..., None]]] = {
     "directory": (Path, "mkdir", full),
-    "model": (train.checkpoint.PreTrainedModel, "save_pretrained", full_safetensors),
-    "tokenizer": (train.checkpoint.PreTrainedTokenizerBase, "save_pretrained", full_tokenizers),
-    "configuration": (train.checkpoint, "save_run_config", full),
-    "optimizer": (train.checkpoint, "save_file", full_safetensors),
-    "json": (train.checkpoint, "_write_json", full),
-    "checksums": (train.checkpoint, "file_sha256", full),
+    "config": (transformers.PreTrainedConfig, "save_pretrained", full),
+    "tokenizer": (train.saving.PreTrainedTokenizerBase, "save_pretrained", full_tokenizers),
+    "configuration": (train.saving, "save_run_config", full),
+    "tensors": (train.saving, "save_file", full_safetensors),
+    "json": (train.saving, "_write_json", full),
+    "checksums": (train.saving, "file_sha256", full),
     "sync": (os, "fsync", full),
     "rename": (Path, "rename", full),
 }
@@ -65,7 +66,7 @@ def test_a_disk_full_in_any_place(place: str, trained: Trained, tmp_path: Path, 
 def test_a_disk_full_after_the_checkpoint(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What is refused when old ones are deleted does not cost the new one."""
     trained.save(tmp_path, 3, keep=1)
-    monkeypatch.setattr(train.checkpoint.shutil, "rmtree", full)
+    monkeypatch.setattr(train.saving.shutil, "rmtree", full)
     with pytest.raises(OSError, match="No space left"):
         trained.save(tmp_path, 6, keep=1)
     assert latest_checkpoint(tmp_path).name == "step_00000006"

@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import train.pretrain
+from eval.loading import load_checkpoint
 from tests.train.tiny import prepare_tiny, write_config
-from train.checkpoint import latest_checkpoint, load_state
+from train.checkpoint import KINDS, SavedTensors, latest_checkpoint, load_state, tensor_files, verify_checkpoint
 from train.config import ConfigError, ParallelConfig, RunConfig
 from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
@@ -60,17 +62,31 @@ for arguments, copied in json.loads(sys.argv[1]):
     (module.Path(run.output) / f"scattered_{ranks.rank}").write_text(str(len(scattered)))
 ranks.leave()
 """
+# One of two ranks is killed in a step, or while it writes its share of a checkpoint; or its disk is full then.
 LOSE_ONE = """
-import os, signal, sys
+import os, signal, sys, time
 import train.pretrain as module
+import train.saving
 
 def lost(run, model, batches, step, ranks):
-    if (step, ranks.rank) == (3, 1):
+    if step == 3 and what == "step" and ranks.rank == 1:
+        while not module.has_checkpoints(module.Path(run.output)):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return step_of(run, model, batches, step, ranks)
 
+def refused(tensors, path, metadata):
+    if "step_00000004" in str(path) and os.environ["RANK"] == "1":
+        if what == "write":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "disk":
+            raise OSError(28, "No space left on device")
+    save_file(tensors, path, metadata)
+
+config, _, what = sys.argv[1].rpartition(":")
 step_of, module.forward_backward = module.forward_backward, lost
-sys.exit(module.main([sys.argv[1]]))
+save_file, train.saving.save_file = train.saving.save_file, refused
+sys.exit(module.main([config]))
 """
 HANG_ONE = """
 import datetime, os, signal, sys
@@ -177,6 +193,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("hybrid", 1, parallel=HYBRID),
         runs.resume("hybrid-hybrid", "hybrid"),
         runs.resume("one-hybrid", "one", *changed),
+        runs.start("four", 1, parallel=FSDP),
+        runs.resume("four-fsdp", "four"),
     )
     changed = ["batch.accumulation=2", "parallel.strategy=ddp", "parallel.shard_size=null"]
     runs.run_on(
@@ -195,8 +213,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.resume("fsdp-fsdp", "fsdp"),
         runs.resume("ddp-ddp", "ddp"),
         runs.resume("hybrid-ddp", "hybrid", *changed),
+        runs.resume("four-ddp", "four", *changed),
+        runs.resume("four-hybrid", "four", "batch.accumulation=2", *[f"parallel.{k}={v}" for k, v in HYBRID.items()]),
     )
     runs.run_here(runs.resume("fsdp-one", "fsdp", "batch.accumulation=4"))
+    runs.run_here(runs.resume("four-one", "four", "batch.accumulation=4"))
     return runs
 
 
@@ -208,7 +229,7 @@ def metrics(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(run_dir)
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+    return {name: x for kind in KINDS for name, x in SavedTensors(checkpoint, kind).all().items()}
 
 
 def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
@@ -233,6 +254,7 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
         ("fsdp", "one"),
         ("compiled-fsdp", "one"),
         ("hybrid", "one"),
+        ("four", "one"),
         ("few-ddp", "few"),
         ("few-fsdp", "few"),
         ("llama-fsdp", "llama"),
@@ -250,11 +272,13 @@ def test_gradients_travel_once_a_step_and_block(name: str, expected: int, runs: 
     assert (runs[name] / "scattered_1").read_text() == str(expected * STEPS)
 
 
-@pytest.mark.parametrize("name", ["fsdp-one", "one-hybrid", "hybrid-ddp"])
+RESHARDED = {"fsdp-one": 1, "one-hybrid": 4, "hybrid-ddp": 2, "four-one": 1, "four-ddp": 2, "four-hybrid": 2}
+
+
+@pytest.mark.parametrize("name", RESHARDED)
 def test_a_run_goes_on_under_another_strategy_on_another_number_of_processes(name: str, runs: Runs):
     assert_close(runs[name], runs["one"], after=HALF)
-    processes = {"one": 1, "ddp": 2, "hybrid": 4}[name.rpartition("-")[2]]
-    assert load_state(latest_checkpoint(runs[name])).world_size == processes
+    assert load_state(latest_checkpoint(runs[name])).world_size == RESHARDED[name]
 
 
 @pytest.mark.parametrize("name", ["spiked-one", "spiked-ddp", "spiked-fsdp"])
@@ -264,38 +288,75 @@ def test_all_ranks_skip_a_spike(name: str, runs: Runs):
     assert [line["spikes"] for line in metrics(runs[name]) if line["kind"] == "train"] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid", "spiked-fsdp"])
-def test_a_run_goes_on_unchanged_bit_for_bit(name: str, runs: Runs):
-    resumed = runs[f"{name}-{name.removeprefix('spiked-')}"]
-    assert metrics(resumed, HALF) == metrics(runs[name], HALF)
-    ours, theirs = tensors(resumed), tensors(runs[name])
+@pytest.mark.parametrize(
+    ("resumed", "name"),
+    [
+        *(("ddp-ddp", "ddp"), ("fsdp-fsdp", "fsdp"), ("hybrid-hybrid", "hybrid"), ("four-fsdp", "four")),
+        ("spiked-fsdp-fsdp", "spiked-fsdp"),
+    ],
+)
+def test_a_run_goes_on_unchanged_bit_for_bit(resumed: str, name: str, runs: Runs):
+    assert metrics(runs[resumed], HALF) == metrics(runs[name], HALF)
+    ours, theirs = tensors(runs[resumed]), tensors(runs[name])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_sharded_checkpoints_are_those_of_one_process(runs: Runs):
-    files = {name: {file.name for file in latest_checkpoint(runs[name]).iterdir()} for name in ("one", "fsdp")}
-    assert files["one"] == files["fsdp"]
-    configs = [(latest_checkpoint(runs[name]) / "config.json").read_text() for name in ("one", "fsdp", "hybrid")]
-    assert len(set(configs)) == 1
+@pytest.mark.parametrize(("name", "processes"), [("ddp", 2), ("fsdp", 2), ("hybrid", 4), ("four", 4)])
+def test_every_rank_writes_a_share_of_the_tensors(name: str, processes: int, runs: Runs):
+    """And names and shapes, and all else, are those of one process."""
+    ours, theirs = latest_checkpoint(runs[name]), latest_checkpoint(runs["one"])
+    for kind in KINDS:
+        files = tensor_files(ours, kind)
+        assert files == [f"{kind}-{rank:05d}-of-{processes:05d}.safetensors" for rank in range(1, processes + 1)]
+        sizes = [(ours / file).stat().st_size for file in files]
+        assert min(sizes) > max(sizes) / 2
+        assert SavedTensors(ours, kind).shapes == SavedTensors(theirs, kind).shapes
+        index = json.loads((ours / f"{kind}.safetensors.index.json").read_text())
+        assert {key: load_file(ours / file)[key].shape for key, file in index["weight_map"].items()}.keys() == (
+            SavedTensors(theirs, kind).shapes.keys()
+        )
+    rest = [{f.name for f in directory.iterdir() if ".safetensors" not in f.name} for directory in (ours, theirs)]
+    assert rest[0] == rest[1]
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    verify_checkpoint(ours)
+
+
+@pytest.mark.parametrize("name", ["ddp", "four"])
+def test_a_checkpoint_of_several_files_suffices_for_transformers(name: str, runs: Runs):
+    checkpoint = latest_checkpoint(runs[name])
+    model, ours = AutoModelForCausalLM.from_pretrained(checkpoint), load_checkpoint(runs[name]).model.cpu()
+    ids_BL = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BL).logits, ours(input_ids=ids_BL).logits)
+    expected = SavedTensors(checkpoint, "model").all()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 def test_sharded_in_bf16_is_ddp_in_bf16(runs: Runs):
     """Gains of norms are rounded to bf16, which all that they scale is then, too."""
     for ours, theirs in zip(metrics(runs["bf16-fsdp"]), metrics(runs["bf16-ddp"]), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    parameters = load_file(latest_checkpoint(runs["bf16-fsdp"]) / "model.safetensors")
+    parameters = SavedTensors(latest_checkpoint(runs["bf16-fsdp"]), "model").all()
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     assert any((parameter != parameter.bfloat16()).any() for parameter in parameters.values())
 
 
-def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(runs: Runs):
-    (config,), _ = runs.start("lost", 2, parallel=FSDP)
-    answer = runs.launch(2, LOSE_ONE, config)
+@pytest.mark.parametrize("what", ["step", "write", "disk"])
+def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(what: str, runs: Runs):
+    (config,), _ = runs.start(what, 2, parallel=FSDP)
+    answer = runs.launch(2, LOSE_ONE, f"{config}:{what}")
+    assert answer.returncode != 0
     (error,) = (line for line in answer.stderr.splitlines() if line.startswith("error: "))
-    assert "rank 0 lost another, which ended or hung (" in error and "continue with --resume RUN_DIR" in error
-    assert main(["--resume", str(runs["lost"]), "batch.accumulation=4"]) == 0
-    assert_close(runs["lost"], runs["one"])
+    if what == "disk":
+        assert "step_00000004: could not be written ([Errno 28] No space left on device); earlier" in error
+        assert os.listdir(runs[what] / "checkpoints") == ["step_00000002"]
+    else:
+        assert "rank 0 lost another, which ended or hung (" in error and "continue with --resume RUN_DIR" in error
+    assert latest_checkpoint(runs[what]).name == "step_00000002"
+    assert main(["--resume", str(runs[what]), "batch.accumulation=4"]) == 0
+    assert_close(runs[what], runs["one"])
+    assert len(os.listdir(runs[what] / "checkpoints")) == 2
 
 
 def test_a_hung_rank_ends_the_run(runs: Runs):

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 import dlcm.blocks
@@ -25,7 +24,15 @@ from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from tests.train.tiny import MODELS, prepare_tiny, write_config
-from train.checkpoint import CheckpointError, TrainingState, latest_checkpoint, load_state, verify_checkpoint
+from train.checkpoint import (
+    KINDS,
+    CheckpointError,
+    SavedTensors,
+    TrainingState,
+    latest_checkpoint,
+    load_state,
+    verify_checkpoint,
+)
 from train.config import BatchConfig, RunConfig, load_run_config
 from train.data import DataError, PackedBatch, PackedLoader, TokenShards
 from train.distributed import Ranks
@@ -50,7 +57,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest_checkpoint(run_dir)
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+    return {name: x for kind in KINDS for name, x in SavedTensors(checkpoint, kind).all().items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -472,7 +479,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
                 assert ours.pop("flops") > theirs.pop("flops")
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         single, double = final_tensors(one), final_tensors(other)
-        for name in load_file(latest_checkpoint(one) / "model.safetensors"):
+        for name in SavedTensors(latest_checkpoint(one), "model").shapes:
             torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-5)
         state = load_state(latest_checkpoint(other))
         assert (state.world_size, state.tokens) == (2, 3 * 2 * accumulation * 2 * 32)
