@@ -119,6 +119,11 @@ def test_differences_are_named_by_full_key(dlcm_yaml: Path):
         ("seed=-1", "seed is -1, but must be 0 or more"),
         ("parallel.strategy=hybrid", "parallel.shard_size is null where parallel.strategy is hybrid"),
         ("parallel.shard_size=2", "parallel.shard_size is 2 where parallel.strategy is ddp; hybrid needs one"),
+        (
+            "checkpoint.milestone_every=300",
+            "checkpoint.milestone_every is 300, but there are checkpoints every 500 steps",
+        ),
+        ("checkpoint.milestone_every=0", "checkpoint.milestone_every is 0, but must be at least 1"),
         ("parallel.shard_size=1", "parallel.shard_size is 1, but must be at least 2"),
         (f"seed={2**63}", "seed does not fit into 64 bits; choose a number below 2**63"),
         (f"schedule.steps={10**400}", "schedule.steps does not fit into 64 bits"),

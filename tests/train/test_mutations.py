@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import struct
@@ -30,8 +31,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval.loading import USER_ERRORS, load_checkpoint
-from tests.train.tiny import prepare_tiny, write_config
-from train.checkpoint import checkpoint_path, latest_checkpoint
+from tests.train.tiny import prepare_tiny, seal_checkpoint, split_tensors, write_config
+from train.checkpoint import checkpoint_path, file_of, index_of, latest_checkpoint, tensor_files
 from train.config import load_run_config
 from train.data import PackedLoader, TokenShards, file_sha256, fingerprint, validation_batches
 from train.prepare import PrepareArguments, SplitWriter, prepare
@@ -291,12 +292,6 @@ def run_dir(pristine: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def seal_checkpoint(directory: Path) -> None:
-    listed = [path for path in directory.iterdir() if path.is_file() and path.name != "checksums.json"]
-    checksums = {path.name: file_sha256(path) for path in listed}
-    (directory / "checksums.json").write_text(json.dumps(checksums))
-
-
 def evaluated(run_dir: Path) -> dict[str, Any]:
     loaded = load_checkpoint(run_dir)
     with torch.no_grad():
@@ -406,6 +401,107 @@ def test_hostile_tensors(kind: str, file: str, run_dir: Path, capsys: pytest.Cap
     assert file == "model" or not isinstance(evaluation, Refusal)
 
 
+# --- checkpoints of several files ---
+
+
+@pytest.fixture
+def split_run_dir(run_dir: Path) -> Path:
+    """The run, as if two processes had written its checkpoint."""
+    split_tensors(latest_checkpoint(run_dir))
+    return run_dir
+
+
+def test_several_files_are_one(split_run_dir: Path, expected: tuple[Any, Any], capsys: pytest.CaptureFixture[str]):
+    assert len(tensor_files(latest_checkpoint(split_run_dir), "model")) == 2
+    assert same(dict(enumerate(outcomes(split_run_dir, capsys))), dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize("mutate", ANY_FILE, ids=lambda mutate: mutate.__name__)
+@pytest.mark.parametrize("name", [file_of("model", 0, 2), file_of("optimizer", 1, 2), index_of("model")])
+def test_several_files_by_accident(
+    name: str, mutate: Mutation, split_run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint = latest_checkpoint(split_run_dir)
+    mutate(checkpoint / name)
+    for outcome in outcomes(split_run_dir, capsys):
+        assert isinstance(outcome, Refusal) and name in outcome.message and ";" in outcome.message
+
+
+FIRST, SECOND, INDEX = file_of("model", 0, 2), file_of("model", 1, 2), index_of("model")
+
+
+def points_to(value: Any) -> Mutation:
+    """The index says that the embedding is in this file."""
+
+    def edit(directory: Path) -> None:
+        content = json.loads((directory / INDEX).read_text())
+        content["weight_map"]["embed_tokens.weight"] = value
+        (directory / INDEX).write_text(json.dumps(content))
+
+    return edit
+
+
+def only_first(directory: Path) -> None:
+    content = json.loads((directory / INDEX).read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file == FIRST}
+    (directory / INDEX).write_text(json.dumps(content))
+
+
+def also_in_second(directory: Path) -> None:
+    tensors = load_file(directory / FIRST)
+    save_file(load_file(directory / SECOND) | dict(list(tensors.items())[:1]), directory / SECOND, {"format": "pt"})
+
+
+def link_directory(directory: Path) -> None:
+    shutil.move(directory / SECOND, directory.parents[2] / OUTSIDE / SECOND)
+    (directory / SECOND).symlink_to(directory.parents[2] / OUTSIDE / SECOND)
+
+
+SEVERAL: dict[str, Mutation] = {
+    "index-nests": write(INDEX, DEEP),
+    "index-is-a-list": write(INDEX, "[]"),
+    "index-is-empty": write(INDEX, "{}"),
+    "index-map-is-a-list": write(INDEX, '{"weight_map": []}'),
+    "index-of-nothing": write(INDEX, '{"weight_map": {}}'),
+    "index-outside": points_to(f"../../../{OUTSIDE}/model.safetensors"),
+    "index-absolute": points_to("/etc/passwd"),
+    "index-pickle": points_to("pytorch_model.bin"),
+    "index-other-kind": points_to(file_of("optimizer", 0, 2)),
+    "index-number": points_to(1),
+    "index-list": points_to([FIRST]),
+    "index-missing-file": points_to(file_of("model", 2, 3)),
+    "index-line": points_to(FIRST + "\n"),
+    "index-digits": points_to("model-٠٠٠٠١-of-00002.safetensors"),
+    "index-lacks-a-file": only_first,
+    "file-missing": lambda directory: (directory / SECOND).unlink(),
+    "file-outside": link_directory,
+    "file-twice": lambda directory: shutil.copy(directory / FIRST, directory / SECOND),
+    "tensor-twice": also_in_second,
+    "file-claims-2^60-bytes": claim_length(SECOND, 2**60),
+    "file-offsets-beyond": edit_header(SECOND, lambda header, first: first.update(data_offsets=FAR)),
+    "file-lacks": edit_tensors(SECOND, lambda tensors, one: tensors.pop(one)),
+    "file-shape": edit_tensors(SECOND, lambda tensors, one: tensors.update({one: tensors[one].T})),
+    "file-dtype": edit_tensors(SECOND, lambda tensors, one: tensors.update({one: tensors[one].half()})),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_hostile_several_files(kind: str, split_run_dir: Path, capsys: pytest.CaptureFixture[str]):
+    checkpoint = latest_checkpoint(split_run_dir)
+    SEVERAL[kind](checkpoint)
+    seal_checkpoint(checkpoint)
+    for outcome in outcomes(split_run_dir, capsys):
+        assert isinstance(outcome, Refusal) and "model" in outcome.message and ";" in outcome.message
+
+
+def test_one_file_beside_several_is_refused(split_run_dir: Path, pristine: Path, capsys: pytest.CaptureFixture[str]):
+    """transformers would read it, and it is under no checksum."""
+    checkpoint = latest_checkpoint(split_run_dir)
+    shutil.copy(latest_checkpoint(pristine / "run") / MODEL, checkpoint / MODEL)
+    for outcome in outcomes(split_run_dir, capsys):
+        assert isinstance(outcome, Refusal) and f"checksums.json lacks {MODEL}" in outcome.message
+
+
 def state(key: str, value: Any) -> Mutation:
     return edit_json("state.json", key, value)
 
@@ -496,6 +592,24 @@ def test_a_hostile_checkpoint(kind: str, run_dir: Path, capsys: pytest.CaptureFi
         assert all(isinstance(outcome, Refusal) for outcome in outcomes(run_dir, capsys))
     else:
         assert isinstance(read(evaluated, run_dir), Refusal)
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [("concept_ffn", 2**40), ("vocab_size", 10**12), ("encoder_layers", 10**9), ("backbone_layers", 2)],
+)
+def test_a_model_that_its_tensors_do_not_make_is_never_built(
+    key: str, number: int, run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Though the run and the model agree on it."""
+    checkpoint = latest_checkpoint(run_dir)
+    config(key, number)(checkpoint)
+    text = (checkpoint / "run.yaml").read_text()
+    (checkpoint / "run.yaml").write_text(re.sub(rf"{key}: \d+", f"{key}: {number}", text, count=1))
+    assert f"{key}: {number}" in (checkpoint / "run.yaml").read_text()
+    seal_checkpoint(checkpoint)
+    for outcome in outcomes(run_dir, capsys):
+        assert isinstance(outcome, Refusal) and "parameters, model.safetensors of" in outcome.message
 
 
 @pytest.mark.parametrize("kind", HARMLESS)

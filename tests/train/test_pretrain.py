@@ -8,17 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import dlcm.blocks
 import dlcm.compilation
 import train.pretrain as pretrain_module
+import train.saving
 import train.step as step_module
 from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
@@ -29,6 +33,7 @@ from train.checkpoint import (
     CheckpointError,
     SavedTensors,
     TrainingState,
+    has_checkpoints,
     latest_checkpoint,
     load_state,
     verify_checkpoint,
@@ -748,6 +753,61 @@ def test_a_full_disk_stops_the_run_with_its_checkpoint_intact(
     assert latest_checkpoint(run_dir).name == "step_00000002"
     monkeypatch.setattr(os, "fsync", original)
     assert main([str(config)]) == 0
+
+
+def test_a_disk_that_refuses_in_the_background_stops_the_run_at_the_next_step(
+    data: Path, tmp_path: Path, tap: Tap, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    config = write_config(
+        tmp_path / "run.yaml", "llama", data, run_dir, checkpoint={"every": 2}, schedule={"steps": 100}
+    )
+
+    def refuse(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if "step_00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    def refused(step: int) -> None:  # the step after the checkpoint waits until it has failed
+        for thread in threading.enumerate():
+            if step == 4 and thread.name == "checkpoint":
+                thread.join()
+
+    tap.before = refused
+    monkeypatch.setattr(train.saving, "save_file", refuse)
+    assert main([str(config), "checkpoint.every=4"]) == 2
+    assert_one_error(capsys, "step_00000004: could not be written ([Errno 28] No space left on device); earlier")
+    assert max(tap.batches) == 4
+    assert not list((run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("ends", ["last step", "signal"])
+def test_training_goes_on_while_a_checkpoint_is_written_and_its_end_waits_for_it(
+    ends: str, data: Path, tmp_path: Path, tap: Tap, monkeypatch: pytest.MonkeyPatch
+):
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", "llama", data, run_dir, checkpoint={"every": 4, "keep": 9})
+    gone_on = threading.Event()
+
+    def slow(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        assert gone_on.wait(60)  # which never comes if steps wait for this
+        time.sleep(0.3)
+        save_file(tensors, path, metadata)
+
+    def go_on(step: int) -> None:
+        if step == 6:
+            assert not has_checkpoints(run_dir)
+            gone_on.set()
+            if ends == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    tap.before = go_on
+    monkeypatch.setattr(train.saving, "save_file", slow)
+    assert main([str(config)]) == (128 + signal.SIGTERM if ends == "signal" else 0)
+    last = 7 if ends == "signal" else 8
+    assert sorted(os.listdir(run_dir / "checkpoints")) == ["step_00000004", f"step_{last:08d}"]
+    verify_checkpoint(run_dir / "checkpoints" / "step_00000004")
+    assert load_state(latest_checkpoint(run_dir)).step == last
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file, save_file
 
+from train.checkpoint import CHECKSUMS, KINDS, file_of, index_of
+from train.data import file_sha256
 from train.prepare import PrepareArguments, prepare
 
 EMBEDDED = Path(__file__).parents[2] / "data" / "embedded.jsonl.xz"
@@ -83,3 +86,23 @@ def write_config(path: Path, architecture: str, data: Path, output: Path, /, **s
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+def split_tensors(checkpoint: Path) -> None:
+    """Makes a checkpoint one of two processes, whose tensors are in two files of each kind."""
+    for kind in KINDS:
+        whole = checkpoint / file_of(kind, 0, 1)
+        tensors = load_file(whole)
+        where = {name: file_of(kind, number % 2, 2) for number, name in enumerate(sorted(tensors))}
+        for file in sorted(set(where.values())):
+            part = {name: tensors[name].clone() for name in where if where[name] == file}
+            save_file(part, checkpoint / file, {"format": "pt"})
+        (checkpoint / index_of(kind)).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        whole.unlink()
+    seal_checkpoint(checkpoint)
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Writes the checksums of what is there."""
+    listed = [path for path in checkpoint.iterdir() if path.is_file() and path.name != CHECKSUMS]
+    (checkpoint / CHECKSUMS).write_text(json.dumps({path.name: file_sha256(path) for path in listed}))
