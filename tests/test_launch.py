@@ -112,7 +112,7 @@ def test_a_killed_process_is_started_again_and_the_run_comes_to_the_same(data: P
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     assert main([long_run(alone, data, "llama", batch={"accumulation": 2})]) == 0
     with launched("one_machine.sh", [long_run(killed, data, "llama")], PROCESSES="2", RESTARTS="1") as process:
-        wait_for_step(killed, 7, process)
+        wait_for_step(killed, 11, process)  # the checkpoint of step 10 has waited for that of step 5
         os.kill(workers(process.pid)[1], signal.SIGKILL)
         said = finish(process)
     assert process.returncode == 0 and "continued after step" in said
