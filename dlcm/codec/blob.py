@@ -33,7 +33,7 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-MOST_VALUES, MOST_DIMENSIONS = 1 << 16, 8
+MOST_VALUES, MOST_DIMENSIONS = 1 << 12, 8
 _HEAD = struct.Struct("<4sBBBBBBddIIQ")
 _CRC = struct.Struct("<I")
 

@@ -16,6 +16,7 @@ import numpy as np
 from dlcm.codec.blob import CodecError, require
 
 LARGEST, MULTIPLE = 4096, 16  # entries of a side of a frame
+MOST_PADDING = 0.02  # of a matrix
 X264 = (
     "keyint=1:aq-mode=0:no-deblock=1:psy=0:ipratio=1:8x8dct=1:trellis=2:cabac=1:no-mbtree=1:scenecut=0:"
     "threads=1:qp={qp}"
@@ -89,10 +90,14 @@ class Tiling:
 
     @classmethod
     def of(cls, rows: int, columns: int) -> "Tiling":
-        """Frames of at most LARGEST to a side; what is thinner than MULTIPLE is folded into a square first."""
+        """Frames of at most LARGEST to a side. What would have to be padded by more than MOST_PADDING loses its rows:
+        it is folded, nearly into a square, since padding costs bits.
+        """
         numel = rows * columns
-        if min(rows, columns) < MULTIPLE:
-            columns = _up(math.isqrt(numel))
+        if _up(rows) * _up(columns) > (1 + MOST_PADDING) * numel:
+            side = _up(math.isqrt(numel))
+            widths = range(side, max(side // 2, MULTIPLE) - 1, -MULTIPLE)
+            columns = min(widths, key=lambda width: width * _up(-(-numel // width)))
             rows = -(-numel // columns)
         return cls(numel, rows, columns, *(_up(-(-side // -(-side // LARGEST))) for side in (rows, columns)))
 
