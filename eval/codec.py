@@ -82,7 +82,7 @@ def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | No
         EvaluationError, CheckpointError: the checkpoint is damaged, or the output is there already.
         CodecError: see `compress_state`.
     """
-    source = _model_directory(checkpoint)
+    source = model_directory(checkpoint)
     weights = Weights(source)
 
     def tell(name: str, blob: Blob) -> None:
@@ -146,7 +146,7 @@ def inspection(container: Container) -> str:
     return markdown_table(("tensor", "shape", "dtype", "coding", "bytes", "bits a value"), rows)
 
 
-def _model_directory(path: Path) -> Path:
+def model_directory(path: Path) -> Path:
     """Of a run, its newest good checkpoint; a checkpoint of ours is verified."""
     if (path / "checkpoints").is_dir() or (path / CHECKSUMS).is_file() or not path.is_dir():
         return checkpoint_directory(path)
@@ -201,13 +201,13 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    weights = Weights(options.checkpoint if options.checkpoint.is_file() else _model_directory(options.checkpoint))
+    weights = Weights(options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint))
     rows = comparison(weights, options.levels, options.backends, options.only, options.workers)
     print(comparison_table(rows))
 
 
 def _run_rd(options: argparse.Namespace) -> None:
-    weights = Weights(options.checkpoint if options.checkpoint.is_file() else _model_directory(options.checkpoint))
+    weights = Weights(options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint))
     if options.tensor not in weights:
         raise EvaluationError(f"{options.checkpoint}: no tensor {options.tensor!r}; it has {', '.join(weights)}")
     rows = rate_distortion(weights[options.tensor], options.bits, backend=options.backend, transform=options.transform)

@@ -128,6 +128,18 @@ def decompress(blob: Blob, dtype: torch.dtype | None = None, device: torch.devic
     return restored.reshape(blob.shape).to(device, dtype)
 
 
+def encode_once(tensor: Tensor, log_step: float, *, backend: Backend) -> Blob:
+    """The blob at a log2 of the quantiser's step over the deviation: one trial of `compress`, for timing.
+
+    Raises:
+        CodecError: see `compress`; or the tensor is constant, and has no step.
+    """
+    prepared = _prepare(tensor, backend, "none", DEPTH, CLIP_SIGMA, "refuse")
+    if not prepared.sigma:
+        raise CodecError("a constant has no step; compress it")
+    return _encoded(prepared, log_step, backend, CLIP_SIGMA)
+
+
 def store(tensor: Tensor) -> Blob:
     """A tensor of any dtype, exactly."""
     return Blob("exact", tuple(tensor.shape), tensor.dtype, payload=raw_bytes(tensor))
