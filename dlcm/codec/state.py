@@ -1,11 +1,11 @@
 """A state dict at a mean number of bits: matrices through the codec, everything else exactly.
 
 The budget is of the file: what is kept exactly, and the file's own header, leave less to the matrices, which all get
-the same number of bits per value.
+the same number of bits per value; but the largest gets what the others leave.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,32 +39,36 @@ def compress_state(
         tensors: read one at a time, twice; a lazy mapping keeps memory low.
         keep: names that are kept exactly.
         workers: tensors that are compressed at a time. The bytes do not depend on it.
-        tell: called for each, in order.
+        tell: called for each.
         options: of `compress`.
 
     Raises:
         CodecError: the budget is too small, or `compress` refuses; names the tensor.
     """
-    names, numel = list(tensors), {name: tensor.numel() for name, tensor in tensors.items()}
-    coded = {name for name, tensor in tensors.items() if is_coded(name, tensor, keep)}
-    exact = {name: store(tensors[name]) for name in names if name not in coded}
-    room = bits * sum(numel.values()) - 8 * (most_header_bytes(names) + sum(blob.nbytes for blob in exact.values()))
+    names, numel = sorted(tensors), {name: tensor.numel() for name, tensor in tensors.items()}
+    coded = [name for name in names if is_coded(name, tensors[name], keep)]
+    blobs = {name: store(tensors[name]) for name in names if name not in coded}
+    room = bits * sum(numel.values()) - 8 * (most_header_bytes(names) + sum(blob.nbytes for blob in blobs.values()))
     share = room / max(1, sum(numel[name] for name in coded))
     if coded and share <= 0:
         raise CodecError(f"{bits:g} bits a value are spent on what is kept exactly; ask for more, or keep less")
+    for name, blob in blobs.items():
+        tell(name, blob)
 
-    def blob_of(name: str) -> Blob:
-        if name in exact:
-            return exact[name]
+    def blob_of(name: str, width: float) -> Blob:
         try:
-            return compress(tensors[name], bits=share, **options)
+            return compress(tensors[name], bits=width, **options)
         except CodecError as error:
             raise CodecError(f"{name}: {error}") from error
 
-    blobs: dict[str, Blob] = {}
+    largest = max(coded, key=numel.__getitem__, default=None)
+    others = [name for name in coded if name != largest]
     with ThreadPoolExecutor(workers) as pool:
-        results: Iterable[Blob] = pool.map(blob_of, names)
-        for name, blob in zip(names, results, strict=True):
+        for name, blob in zip(others, pool.map(lambda name: blob_of(name, share), others), strict=True):
             tell(name, blob)
             blobs[name] = blob
+            room -= 8 * blob.nbytes
+    if largest is not None:
+        blobs[largest] = blob_of(largest, room / numel[largest])
+        tell(largest, blobs[largest])
     return blobs
