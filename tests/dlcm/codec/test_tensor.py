@@ -3,12 +3,15 @@
 import math
 import sys
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dlcm.codec import Blob, CodecError, compress, decompress, rate_distortion, relative_mse, store
-from dlcm.codec.tensor import Backend, Transform
+from dlcm.codec.tensor import Backend, Transform, encode_once
+from dlcm.codec.video import _picture
 
 SOFTWARE: tuple[Backend, ...] = ("x264", "x265", "entropy")
 SIGMA = 0.02
@@ -230,3 +233,25 @@ def test_a_missing_package_is_named_with_its_remedy(
     for attempt in (lambda: compress(gaussian(64, 64), bits=3, backend=backend), lambda: decompress(blob)):
         with pytest.raises(CodecError, match=rf"{package} is not installed: pip install 'dlcm\[codec\]'"):
             attempt()
+
+
+@pytest.mark.parametrize(("layout", "depth"), (("nv12", 8), ("p010le", 10)))
+def test_pictures_for_hardware_hold_the_samples_and_grey_chroma(layout: str, depth: int) -> None:
+    frame = np.arange(64 * 48).reshape(64, 48) % 2**depth
+    picture = _picture(av, frame.astype("u1" if depth == 8 else "<u2"), layout)
+    planes = [
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : 48 * (1 if depth == 8 else 2)]
+        for plane in picture.planes
+    ]
+    luma, chroma = (plane.copy().view("u1" if depth == 8 else "<u2") for plane in planes)
+    assert (luma == frame << (16 - depth if depth == 10 else 0)).all()
+    assert chroma.shape == (32, 48) and (chroma == (128 if depth == 8 else 128 << 8)).all()
+
+
+def test_one_trial_is_what_a_search_consists_of() -> None:
+    x = gaussian(128, 128)
+    coarse, fine = (encode_once(x, log_step, backend="x264") for log_step in (0.0, -2.0))
+    assert fine.bits == pytest.approx(coarse.bits + 2, abs=0.3)
+    assert relative_mse(x, decompress(fine)) < relative_mse(x, decompress(coarse)) / 10
+    with pytest.raises(CodecError, match="constant"):
+        encode_once(torch.zeros(64, 64), 0.0, backend="x264")
