@@ -124,7 +124,10 @@ def verified(packed: Path) -> Container:
         recorded = json.loads((packed / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{packed}: no packed checkpoint ({CHECKSUMS} cannot be read); pack it again") from error
-    found = {file.name: file_sha256(file) for file in packed.iterdir() if file.name != CHECKSUMS and file.is_file()}
+    for file in packed.iterdir():
+        if file.is_symlink() or not file.is_file():
+            raise EvaluationError(f"{packed}: {file.name} is no plain file; copy the directory again")
+    found = {file.name: file_sha256(file) for file in packed.iterdir() if file.name != CHECKSUMS}
     if found != recorded or WEIGHTS not in found:
         differing = sorted(name for name in found.keys() | set(recorded) if found.get(name) != dict(recorded).get(name))
         raise EvaluationError(f"{packed}: missing, added or damaged: {', '.join(differing) or WEIGHTS}; copy it again")

@@ -95,6 +95,9 @@ def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: 
         for command in (("verify", str(copy)), ("unpack", str(copy), str(tmp_path / "x"))):
             assert f"missing, added or damaged: {damage}" in error(*command)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.tmp"))
+    (packed / "notes.txt").symlink_to(tmp_path / "empty")
+    assert "notes.txt is no plain file" in error("unpack", str(packed), str(tmp_path / "x"))
+    (packed / "notes.txt").unlink()
     (packed / "checksums.json").write_text("[]")
     assert "missing, added or damaged" in error("verify", str(packed))
 
