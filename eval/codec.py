@@ -129,7 +129,8 @@ def verified(packed: Path) -> Container:
             raise EvaluationError(f"{packed}: {file.name} is no plain file; copy the directory again")
     found = {file.name: file_sha256(file) for file in packed.iterdir() if file.name != CHECKSUMS}
     if found != recorded or WEIGHTS not in found:
-        differing = sorted(name for name in found.keys() | set(recorded) if found.get(name) != dict(recorded).get(name))
+        known = recorded if isinstance(recorded, dict) else {}
+        differing = sorted(name for name in found.keys() | known.keys() if found.get(name) != known.get(name))
         raise EvaluationError(f"{packed}: missing, added or damaged: {', '.join(differing) or WEIGHTS}; copy it again")
     container = Container(packed / WEIGHTS)
     container.verify()

@@ -98,7 +98,7 @@ def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: 
     (packed / "notes.txt").symlink_to(tmp_path / "empty")
     assert "notes.txt is no plain file" in error("unpack", str(packed), str(tmp_path / "x"))
     (packed / "notes.txt").unlink()
-    (packed / "checksums.json").write_text("[]")
+    (packed / "checksums.json").write_text("[1]")
     assert "missing, added or damaged" in error("verify", str(packed))
 
 
