@@ -1,0 +1,74 @@
+"""A state dict at a mean number of bits: matrices through the codec, everything else exactly.
+
+The budget is of the file: what is kept exactly, and the file's own header, leave less to the matrices, which all get
+the same number of bits per value; but the largest gets what the others leave.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from dlcm.codec.blob import Blob, CodecError
+from dlcm.codec.container import most_header_bytes
+from dlcm.codec.tensor import compress, store
+
+LEAST_VALUES = 4096  # of a matrix that is worth a stream of its own
+
+
+def is_coded(name: str, tensor: Tensor, keep: re.Pattern[str] | None = None) -> bool:
+    """Whether a tensor goes through the codec: a large enough matrix of floats, whose name `keep` does not match."""
+    large = tensor.ndim >= 2 and tensor.numel() >= LEAST_VALUES
+    return large and tensor.is_floating_point() and not (keep and keep.search(name))
+
+
+def compress_state(
+    tensors: Mapping[str, Tensor],
+    bits: float,
+    *,
+    keep: re.Pattern[str] | None = None,
+    workers: int = 1,
+    tell: Callable[[str, Blob], None] = lambda name, blob: None,
+    **options: Any,
+) -> dict[str, Blob]:
+    """Blobs whose container takes at most `bits` a value.
+
+    Args:
+        tensors: read one at a time, twice; a lazy mapping keeps memory low.
+        keep: names that are kept exactly.
+        workers: tensors that are compressed at a time. The bytes do not depend on it.
+        tell: called for each.
+        options: of `compress`.
+
+    Raises:
+        CodecError: the budget is too small, or `compress` refuses; names the tensor.
+    """
+    names, numel = sorted(tensors), {name: tensor.numel() for name, tensor in tensors.items()}
+    coded = [name for name in names if is_coded(name, tensors[name], keep)]
+    blobs = {name: store(tensors[name]) for name in names if name not in coded}
+    room = bits * sum(numel.values()) - 8 * (most_header_bytes(names) + sum(blob.nbytes for blob in blobs.values()))
+    share = room / max(1, sum(numel[name] for name in coded))
+    if coded and share <= 0:
+        raise CodecError(f"{bits:g} bits a value are spent on what is kept exactly; ask for more, or keep less")
+    for name, blob in blobs.items():
+        tell(name, blob)
+
+    def blob_of(name: str, width: float) -> Blob:
+        try:
+            return compress(tensors[name], bits=width, **options)
+        except CodecError as error:
+            raise CodecError(f"{name}: {error}") from error
+
+    largest = max(coded, key=numel.__getitem__, default=None)
+    others = [name for name in coded if name != largest]
+    with ThreadPoolExecutor(workers) as pool:
+        for name, blob in zip(others, pool.map(lambda name: blob_of(name, share), others), strict=True):
+            tell(name, blob)
+            blobs[name] = blob
+            room -= 8 * blob.nbytes
+    if largest is not None:
+        blobs[largest] = blob_of(largest, room / numel[largest])
+        tell(largest, blobs[largest])
+    return blobs
