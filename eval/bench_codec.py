@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from dlcm.codec import BACKENDS, CodecError
+from dlcm.codec import BACKENDS
 from dlcm.codec.tensor import Backend, decompress, encode_once
 from eval.bench import Bar, Row, bars_table, find, markdown_table, record, record_lines, tell, write_json
 from eval.codec import Weights, model_directory
 from eval.codec_report import CLIPPED, LEVELS, ROUNDING, comparison, comparison_table, gap_bits, totals
-from eval.loading import EvaluationError, report_errors
+from eval.loading import positive, report_errors
 
 CODEC: Backend = "x264"
 GAINS = dict(zip(LEVELS, (1.6, 2.0, 2.5), strict=True))  # over rounding, in relative MSE, by its bits
@@ -103,18 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.bench_codec", description="Measures the tensor codec.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=["x264", "entropy"], help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="tensors at a time (%(default)s)")
-    parser.add_argument("--side", type=int, default=4096, help="of the matrix that is timed (%(default)s)")
+    parser.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
+    parser.add_argument("--side", type=positive, default=4096, help="of the matrix that is timed (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="(default: %(default)s)")
     parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     options = parser.parse_args(arguments)
     recorded = record(options.commit)
     source = options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint)
-    try:
-        rows = comparison(Weights(source), LEVELS, options.backends, workers=options.workers)
-        speeds = [speed(backend, options.side) for backend in options.backends]
-    except CodecError as error:
-        raise EvaluationError(str(error)) from error
+    rows = comparison(Weights(source), LEVELS, options.backends, workers=options.workers)
+    speeds = [speed(backend, options.side) for backend in options.backends]
     for row in totals(rows) + speeds:
         tell(row)
     bars, weights = must_show(rows), source.name

@@ -63,7 +63,7 @@ from eval.bench import Row, bars_table, merge_records, one_line, record, tell, w
 from eval.bench_decode_report import MODELS, PAIRS, merge_rows, must_show, page, plot, summary
 from eval.bench_training import released_memory
 from eval.held_out import held_out
-from eval.loading import EvaluationError, LoadedCheckpoint, encode_document, load_checkpoint, report_errors
+from eval.loading import EvaluationError, LoadedCheckpoint, encode_document, load_checkpoint, positive, report_errors
 from train.config import build_model_config, load_run_config
 from train.step import Model
 from train.utilisation import datasheet_peak, utilisation
@@ -637,14 +637,6 @@ def chosen_parts(options: argparse.Namespace) -> Sequence[str]:
             "bench_decode times decoding on a GPU, but torch sees no CUDA device: give --pairs demo to try it here"
         )
     return tuple(parts)
-
-
-def positive(text: str) -> int:
-    """A number of things, on the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

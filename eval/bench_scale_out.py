@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from eval.bench import Bar, Row, bars_table, find, markdown_table, record, record_lines, worst, write_json
-from eval.bench_training import Bench, measure_throughput, released_memory, tell
+from eval.bench import Bar, Row, bars_table, find, markdown_table, record, record_lines, tell, worst, write_json
+from eval.bench_decode_report import MODELS
+from eval.bench_training import Bench, measure_throughput, released_memory
 from eval.loading import EvaluationError, report_errors
 from train.distributed import Ranks
 
 ONE = "one GPU"
 STRATEGIES = ("ddp", "fsdp")
-MODELS = {"dlcm": "DLCM", "llama": "LLaMA"}
 PAIRS = ("small", "medium")
 SPEED_UP = 1.85  # of two GPUs
 WARM_UP_STEPS, STEPS = 5, 30

@@ -35,13 +35,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dlcm.codec import BACKENDS, TRANSFORMS, Blob, CodecError, Container, compress_state, rate_distortion, save
+from dlcm.codec import BACKENDS, TRANSFORMS, Blob, Container, compress_state, rate_distortion, save
 from eval.bench import markdown_table
 from eval.codec_report import LEVELS, comparison, comparison_table
-from eval.loading import EvaluationError, checkpoint_directory, report_errors
+from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
+from train.checkpoint import CHECKSUMS, file_of, tensor_files
 from train.data import file_sha256
+from train.saving import write_checksums
 
-WEIGHTS, OPTIMIZER, CHECKSUMS = "model.codec", "optimizer.safetensors", "checksums.json"
+WEIGHTS = "model.codec"
 COPIED = (".json", ".yaml", ".txt", ".jinja", ".model")  # configuration and tokenizer; nothing that is code or pickled
 
 
@@ -53,8 +55,8 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        files = [path] if path.is_file() else sorted(path.glob("model*.safetensors"))
-        if not files:
+        files = [path] if path.is_file() else [path / name for name in tensor_files(path, "model")]
+        if not all(file.is_file() for file in files):
             raise EvaluationError(f"{path}: no model*.safetensors here; give a checkpoint")
         self._files: dict[str, Any] = {}
         for file in files:
@@ -93,7 +95,7 @@ def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | No
         save(partial / WEIGHTS, blobs)
         size, values = (partial / WEIGHTS).stat().st_size, sum(blob.numel for blob in blobs.values())
         _copy(source, partial)
-        _seal(partial)
+        write_checksums(partial)
     print(f"{output}: {values:,} values, {size:,} bytes, {8 * size / values:.4f} bits a value")
 
 
@@ -109,8 +111,8 @@ def unpack(packed: Path, output: Path) -> None:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         _copy(packed, partial)
         if (packed / "run.yaml").exists():
-            save_file({}, partial / OPTIMIZER)
-        _seal(partial)
+            save_file({}, partial / file_of("optimizer", 0, 1))
+        write_checksums(partial)
 
 
 def verified(packed: Path) -> Container:
@@ -180,12 +182,6 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _seal(directory: Path) -> None:
-    """Writes the checksums of all files, as `train.checkpoint` does."""
-    checksums = {file.name: file_sha256(file) for file in sorted(directory.iterdir())}
-    (directory / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
-
-
 def _run_pack(options: argparse.Namespace) -> None:
     coding = {"backend": options.backend, "transform": options.transform, "workers": options.workers}
     pack(options.checkpoint, options.output, options.bits, options.keep, **coding)
@@ -238,15 +234,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--bits", type=float, required=True, help="mean over all values, everything counted")
     made.add_argument("--keep", type=_pattern, metavar="REGEX", help="names of tensors that are kept exactly")
     coding(made)
-    made.add_argument("--workers", type=_positive, default=2, help="tensors at a time (%(default)s)")
+    made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
     command("unpack", _run_unpack, "Restores a checkpoint.", "packed", "output")
     command("inspect", _run_inspect, "Lists what was packed.", "packed")
     command("verify", _run_verify, "Checks every checksum.", "packed")
     made = command("compare", _run_compare, "Errors at equal bits, against rounding.", "checkpoint")
-    made.add_argument("--levels", type=_positive, nargs="+", default=LEVELS, help="bits of rounding (%(default)s)")
+    made.add_argument("--levels", type=positive, nargs="+", default=LEVELS, help="bits of rounding (%(default)s)")
     made.add_argument("--backends", choices=BACKENDS, nargs="+", default=["x264", "entropy"], help="(%(default)s)")
     made.add_argument("--only", type=_pattern, metavar="REGEX", help="names of tensors")
-    made.add_argument("--workers", type=_positive, default=2, help="tensors at a time (%(default)s)")
+    made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
     made = command("rd", _run_rd, "The curve of one tensor.", "checkpoint")
     made.add_argument("tensor")
     made.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.5, 3.0, 2.5, 2.0], help="(%(default)s)")
@@ -261,19 +257,10 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from error
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
 @report_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except CodecError as error:
-        raise EvaluationError(str(error)) from error
+    options.run(options)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from dlcm.flops import (
     training_memory,
 )
 from eval.bench import PALETTE, finish, markdown_table
-from eval.loading import EvaluationError, checkpoint_directory, report_errors
+from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
 from eval.matching import Free, match
 from train.config import build_model_config, load_run_config
 from train.metrics import read_metrics
@@ -320,23 +320,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="YAML of a run")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN", help="at its realised ratio")
-    parser.add_argument("--length", type=_positive, help="tokens of a document; default: the configuration's")
+    parser.add_argument("--length", type=positive, help="tokens of a document; default: the configuration's")
     parser.add_argument("--ratio", type=float, help="tokens per concept; default: the configuration's target")
-    parser.add_argument("--context", type=_positive, default=8192, help="tokens of prompt and cache (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=1, help="rows that are decoded together (%(default)s)")
+    parser.add_argument("--context", type=positive, default=8192, help="tokens of prompt and cache (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, help="rows that are decoded together (%(default)s)")
     parser.add_argument("--match", type=Path, metavar="TEMPLATE", help="YAML of the run to fit to the first model")
     parser.add_argument("--free", choices=("depth", "width", "swiglu"), default="depth", help="what --match may change")
     parser.add_argument("--sweep", nargs="+", default=[], metavar="NAME=VALUES", help="R=2,4,8 backbone_share=0.3,0.5")
     parser.add_argument("--output", type=Path, default=Path("runs/flops"), help="of the sweep's plot (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here too")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -31,11 +31,8 @@ class HeldOut:
 
     def most(self, tokens: int | None) -> int:
         """How many of its tokens belong to so many of all sources; None stands for all of them."""
-        return (
-            self.shards.num_tokens
-            if tokens is None
-            else min(self.shards.num_tokens, max(0, round(self.share * tokens)))
-        )
+        there = self.shards.num_tokens
+        return there if tokens is None else min(there, max(0, round(self.share * tokens)))
 
 
 def held_out(run: RunConfig, state: TrainingState, instead: str) -> list[HeldOut]:

@@ -29,12 +29,12 @@ import torch
 
 from dlcm import DLCMForCausalLM
 from dlcm.flops import forward_flops
+from eval.accounting import CONFIGS
 from eval.bench import Bar, Row, bars_table, find, markdown_table, record, record_lines, worst, write_json
 from eval.loading import EvaluationError, load_checkpoint, report_errors
 from train.config import build_model_config, load_run_config
 from train.data import TokenShards, validation_batches
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 FAMILIES = ("small", "medium", "table3")
 MOST = 0.03  # of a step; more, and windows would have to be dealt out by their concepts
 

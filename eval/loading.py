@@ -1,5 +1,6 @@
 """What every evaluation script begins with: a trained model, its tokenizer, and a text as the model reads it."""
 
+import argparse
 import functools
 import io
 import sys
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
+from dlcm.codec import CodecError
 from train.checkpoint import (
     ANOTHER,
     CheckpointError,
@@ -35,7 +37,7 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be done as asked; the message names the remedy."""
 
 
-USER_ERRORS = (EvaluationError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError)
+USER_ERRORS = (EvaluationError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError, CodecError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,14 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids_T: Tensor) -> str:
 def visible(text: str) -> str:
     """The text with control characters, other than newline and tab, replaced by one visible character each."""
     return text.translate(_VISIBLE)
+
+
+def positive(text: str) -> int:
+    """A number of things, on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
 
 
 def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:

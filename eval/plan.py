@@ -46,14 +46,13 @@ import torch
 from dlcm.blocks import Block
 from dlcm.cross_attention import CrossAttention
 from dlcm.flops import FULL, HALF, Config, training_flops, training_memory
-from eval.accounting import build
+from eval.accounting import CONFIGS, build
 from eval.bench import Row, markdown_table, record, record_lines, write_json
-from eval.loading import EvaluationError, report_errors
+from eval.bench_decode_report import MODELS
+from eval.loading import EvaluationError, positive, report_errors
 from train.config import build_model_config, load_run_config
 from train.utilisation import PEAK_FLOPS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-MODELS = {"dlcm": "DLCM", "llama": "LLaMA"}
 STRATEGIES = ("ddp", "fsdp", "hybrid")
 USABLE = 0.9  # of a GPU's memory
 
@@ -286,25 +285,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m eval.plan", description="Plans memory, communication and MFU of a pair on many GPUs."
     )
     parser.add_argument("--pair", default="table3", help="a directory of configs/ (%(default)s)")
-    parser.add_argument("--gpus", type=_positive, nargs="+", default=[8, 64, 512], help="how many (8 64 512)")
-    parser.add_argument("--step-tokens", type=_positive, default=2**22, help="of all GPUs together (%(default)s)")
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[8, 64, 512], help="how many (8 64 512)")
+    parser.add_argument("--step-tokens", type=positive, default=2**22, help="of all GPUs together (%(default)s)")
     parser.add_argument("--memory", type=float, default=80, help="of a GPU, GB (%(default)s)")
     parser.add_argument("--mfu", type=float, default=0.48, help="of a GPU alone (%(default)s)")
     parser.add_argument(
         "--peak", type=float, default=PEAK_FLOPS["H100"] / 1e12, help="of a GPU, TFLOP/s in bf16 (%(default)s, an H100)"
     )
-    parser.add_argument("--machine", type=_positive, default=8, help="GPUs of one (%(default)s)")
+    parser.add_argument("--machine", type=positive, default=8, help="GPUs of one (%(default)s)")
     parser.add_argument("--nvlink", type=float, default=450, help="GB/s of a GPU and direction (%(default)s)")
     parser.add_argument("--infiniband", type=float, default=50, help="GB/s of a GPU's adapter (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="where to write (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint,
 from eval.report import labels_of, publish, with_error, with_interval
 from eval.scoring import BATCH_TOKENS, DTYPES, Dtype, Request, Score, Scorer
 from eval.uncertainty import Ratio, mean_error, mean_paired_difference, paired_difference
-from train.checkpoint import tensor_files
+from train.checkpoint import CHECKSUMS, tensor_files
 from train.documents import open_sources
 
 IDENTITY_FILES = ("config.json", "tokenizer.json")  # what scores depend on, besides the model's tensors
@@ -288,7 +288,7 @@ class ScoredCheckpoint:
     def __init__(self, path: Path, directory: Path, dtype: Dtype, batch_tokens: int, check: bool):
         self.path, self.directory = checkpoint_directory(path), directory
         self.dtype, self.batch_tokens, self.check = dtype, batch_tokens, check
-        checksums = json.loads((self.path / "checksums.json").read_text(encoding="utf-8"))
+        checksums = json.loads((self.path / CHECKSUMS).read_text(encoding="utf-8"))
         names = (*tensor_files(self.path, "model"), *IDENTITY_FILES)
         self._identity = [checksums.get(name) for name in names]
         self._scorers: tuple[Scorer, Scorer | None] | None = None

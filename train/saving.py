@@ -219,10 +219,7 @@ class CheckpointSaver:
                     for number, kind in enumerate(KINDS)
                     for rank in range(self._ranks.size)
                 }
-                small = sorted(file for file in partial.iterdir() if file.name not in checksums)
-                checksums |= {file.name: file_sha256(file) for file in small}
-                _write_json(partial / CHECKSUMS, checksums)
-                for path in [*small, partial / CHECKSUMS, partial]:
+                for path in [*write_checksums(partial, checksums), partial]:
                     sync(path)
                 _discard(final)  # exists only if it was found corrupt and the steps since were repeated
                 partial.rename(final)
@@ -265,6 +262,19 @@ def prune(newest: Path, retention: CheckpointConfig) -> None:
     for directory in [*half_written(run_dir), *(directory for _, directory in found)]:
         if directory not in kept:
             shutil.rmtree(directory)
+
+
+def write_checksums(directory: Path, known: Mapping[str, str] | None = None) -> list[Path]:
+    """Writes down the sha256 of every file of a checkpoint, those that are `known` as they are.
+
+    Returns:
+        The other files, and the one that was written.
+    """
+    checksums = dict(known or {})
+    others = sorted(file for file in directory.iterdir() if file.name not in checksums)
+    checksums |= {file.name: file_sha256(file) for file in others}
+    _write_json(directory / CHECKSUMS, checksums)
+    return [*others, directory / CHECKSUMS]
 
 
 def _partial(final: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from eval.imbalance import boundaries, concepts_of_windows, dealt_out, main, mea
 from eval.loading import load_checkpoint
 from tests.eval.conftest import Trained
 from tests.train.tiny import write_config
-from train.config import build_model_config, load_run_config
+from train.config import SourceConfig, build_model_config, load_run_config
 from train.data import TokenShards
 
 
@@ -82,5 +83,10 @@ def test_the_command_writes_what_it_found(
     assert "| tiny, 2 x 32 | once in 3 |" in (tmp_path / "concept_imbalance.md").read_text()
     assert main([str(trained.dlcm), "--ranks", "999999"]) == 2
     assert main([str(trained.llama)]) == 2
+    mixed = load_checkpoint(trained.dlcm)
+    mixed.run.data.path, mixed.run.data.mixture = None, {"one": SourceConfig(str(trained.data), 1.0)}
+    with mock.patch.object(eval.imbalance, "load_checkpoint", return_value=mixed):
+        assert main([str(trained.dlcm)]) == 2
     errors = capsys.readouterr().err
+    assert "was trained on a mixture; give a run of one data.path" in errors
     assert "give fewer --ranks" in errors and "has no concepts; give a run of a DLCM" in errors
