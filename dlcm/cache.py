@@ -30,6 +30,7 @@ from dlcm.config import AttentionBackend, DLCMConfig, LlamaBaselineConfig, Token
 from dlcm.layout import CLOSING_LAG, CachedSlots, Extension, PackedLayout
 
 GROWTH, MIN_GROWTH = 1.25, 16  # a room that is full grows at least by that factor, and by so many entries
+RATIO_WORTH = 64  # tokens: a row that has so many says as much of how many concepts it will have as the target ratio
 
 
 class Room:
@@ -242,6 +243,9 @@ class DecodingCache(Cache):
         self._grow(self.tokens, self.longest + columns, self.config.max_position_embeddings)
         self._grow(self.seen, self.columns + columns)
 
+    def reserve_expected(self) -> None:
+        """Makes room for what is expected beside tokens: nothing, here."""
+
     def _grow(self, room: Room, entries: int, at_most: int | None = None) -> None:
         if entries > room.entries:
             grown = max(entries, int(room.entries * GROWTH), room.entries + MIN_GROWTH)
@@ -361,9 +365,9 @@ class ConceptCache(DecodingCache):
 
     def __init__(self, config: DLCMConfig, room: int = 0, replayed: bool = False):
         super().__init__(config, room, replayed)
-        expected = int(room / config.target_ratio * GROWTH) + 1  # ratios drift, and rows differ
-        self.concepts, self.slots = Room(min(expected, room)), Room(min(expected, room) + 1)  # one more, always
         self.most_concepts = 0
+        expected = self.expected_concepts()
+        self.concepts, self.slots = Room(expected), Room(expected + 1)  # one more, always
 
     def _token_stacks(self) -> dict[str, int]:
         return {"encoder": self.config.encoder_layers, "decoder": self.config.decoder_layers}
@@ -386,6 +390,17 @@ class ConceptCache(DecodingCache):
         """See `DecodingCache.reserve`; and for one more concept, which is what a step can close."""
         super().reserve(columns)
         self.reserve_concepts(1)
+
+    def expected_concepts(self) -> int:
+        """How many concepts a row may have once its tokens fill their room, if rows go on as they began."""
+        rate = (self.most_concepts + RATIO_WORTH / self.config.target_ratio) / (self.longest + RATIO_WORTH)
+        to_come = rate * GROWTH * max(self.tokens.entries - self.longest, 0)  # ratios drift, and rows differ
+        return min(self.most_concepts + int(to_come) + 1, self.tokens.entries)
+
+    def reserve_expected(self) -> None:
+        """Makes room for the concepts that are expected: now, since graphs of steps are bound to where it is."""
+        self.most_concepts = int(self.concepts_B.max())
+        self.reserve_concepts(self.expected_concepts() - self.most_concepts)
 
     def reserve_concepts(self, number: int) -> None:
         """Makes room for so many more concepts in any row."""

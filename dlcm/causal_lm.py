@@ -256,6 +256,7 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         else:
             rows, new_B = RowLayout.from_mask(mask_BL)
         past_B = cache.length_B.cpu()
+        longest = int((past_B + new_B).max())
         input_ids_T = rows.pack(input_ids_BL)
         if len(input_ids_T):
             new = Extension.of(new_B, past_B, input_ids_T.device)
@@ -265,7 +266,9 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
         else:
             h_TE, decided = self.extend_by_nothing()
         cache.has_seen(mask_BL.bool())
-        cache.longest = int((past_B + new_B).max())
+        cache.longest = longest
+        if cache.replayed:
+            cache.reserve_expected()
         return h_TE, decided, rows
 
     def _product_dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from dlcm import DLCMForCausalLM, decoding
 from dlcm.cache import ConceptCache, DecodingCache
 from dlcm.causal_lm import PackedCausalLM
+from dlcm.config import changed
 from dlcm.decoding import StepGraphs
 from tests.conftest import VOCABULARY, tiny_baseline, tiny_dlcm
 
@@ -545,6 +546,20 @@ def test_a_step_can_be_replayed(build: Callable, options: dict, monkeypatch: pyt
     assert 1 < len(captured) < 5
     cache.reorder_cache(torch.tensor([1, 0, 2]))
     assert decoding.StepGraphs is not traced and cache.graphs is captured[-1]
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_graphs_outlive_a_text_of_short_segments(replayed: bool):
+    """Steps after a prompt that has twice the concepts of the target ratio move nothing, if that would cost graphs."""
+    model = tiny_dlcm(7, segmenter="fixed", target_ratio=2.0, max_position_embeddings=128)
+    cache = ConceptCache(changed(model.config, {"target_ratio": 4.0}), room=128, replayed=replayed)
+    ids_BL = torch.randint(VOCABULARY, (2, 128))
+    with torch.no_grad():
+        model(ids_BL[:, :96], past_key_values=cache)
+        cache.replayed, moves = False, cache.moves
+        for column in range(96, 128):
+            model(ids_BL[:, column : column + 1], past_key_values=cache)
+    assert (cache.moves == moves) == replayed
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
