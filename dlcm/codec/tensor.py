@@ -32,6 +32,7 @@ WIDEST = 6.0  # octaves by which samples may shrink at the coarsest QP
 GAUSSIAN_BITS = 2.05  # of a Gaussian, rounded to steps of its deviation
 LOG_STEP_OVER_ERROR = 1.79  # log2 of sqrt(12): rounding errs by a twelfth of the squared step
 MOST_TRIALS = 24
+AS_EXACT = 1e-12  # a relative squared error that no more bits need be spent on
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def compress(
         nonfinite: `keep` keeps NaN and infinities exactly.
 
     Raises:
-        CodecError: the target cannot be reached, a value is not finite, or the backend is not to be had here.
+        CodecError: the target cannot be reached (a budget of more bits than the backend can use is an error, too, unless
+            it keeps the tensor exactly with fewer), a value is not finite, or the backend is not to be had here.
     """
     if (bits is None) == (max_rel_mse is None):
         raise CodecError("give either bits or max_rel_mse")
@@ -88,8 +90,16 @@ def compress(
     if bits is not None:
         room, guess = max(0.004, 64 / tensor.numel()), GAUSSIAN_BITS - bits + prepared.blob.side_bits
         blob, reached = _search(trial_at, lambda trial: trial.bits, -1, bits, room, guess, bounds)
-        if reached > bits:
-            raise CodecError(f"{bits:g} bits a value are too few: {backend} takes at least {reached:.3g} here")
+        if bits - room <= reached <= bits:
+            return blob
+        finest, coarsest = (trial_at(bound) for bound in bounds)
+        if reached > bits >= coarsest.bits:  # there the curve is no line, and a search may stop short of its end
+            blob, reached = coarsest, coarsest.bits
+        too_many = finest.bits < bits - room and relative_mse(tensor, decompress(blob)) > AS_EXACT
+        if reached > bits or too_many:
+            amount = "many" if too_many else "few"
+            reach = f"{backend} takes {coarsest.bits:.3g} to {finest.bits:.3g} here"
+            raise CodecError(f"{bits:g} bits a value are too {amount}: {reach}")
         return blob
 
     def log_error(trial: Blob) -> float:
@@ -236,7 +246,8 @@ def _far(x: np.ndarray, clip_sigma: float) -> tuple[np.ndarray, float, float]:
 def _bounds(backend: Backend, depth: int, clip_sigma: float) -> tuple[float, float]:
     """The finest and the coarsest log2 of the step over the deviation."""
     if backend == "entropy":
-        return entropy.FINEST, entropy.COARSEST
+        levels = entropy.MOST_SYMBOLS / 2 - 1  # on either side
+        return max(entropy.FINEST, math.log2(clip_sigma / levels)), entropy.COARSEST
     encoder = video.ENCODERS[backend]
     at_one = encoder.qp_of(video.reach(depth) / clip_sigma, depth)  # the QP of a step of one deviation
     return (encoder.least_qp(depth) - at_one) / 6, (encoder.most_qp(depth) - at_one) / 6 + WIDEST

@@ -64,14 +64,14 @@ def test_a_directory_of_transformers_alone_is_packed_too(wide: Trained, tmp_path
 
 def test_the_same_command_gives_the_same_bytes(wide: Trained, tmp_path: Path) -> None:
     for name, workers in (("one", "1"), ("two", "2")):
-        assert main(["pack", str(wide.dlcm), str(tmp_path / name), "--bits", "16", "--workers", workers]) == 0
+        assert main(["pack", str(wide.dlcm), str(tmp_path / name), "--bits", "12", "--workers", workers]) == 0
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
 def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = tmp_path / "packed"
-    assert main(["pack", str(wide.dlcm), str(packed), "--bits", "16"]) == 0
+    assert main(["pack", str(wide.dlcm), str(packed), "--bits", "12"]) == 0
 
     def error(*arguments: str) -> str:
         capsys.readouterr()
@@ -81,6 +81,7 @@ def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: 
         return lines[0]
 
     assert "exists; give another name" in error("pack", str(wide.dlcm), str(packed), "--bits", "16")
+    assert "bits a value are too many: x264 takes" in error("pack", str(wide.dlcm), str(tmp_path / "x"), "--bits", "20")
     assert "spent on what is kept" in error("pack", str(wide.dlcm), str(tmp_path / "x"), "--bits", "0.1")
     assert "no such directory" in error("pack", str(tmp_path / "none"), str(tmp_path / "x"), "--bits", "3")
     (tmp_path / "empty").mkdir()
