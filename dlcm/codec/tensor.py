@@ -32,7 +32,7 @@ WIDEST = 6.0  # octaves by which samples may shrink at the coarsest QP
 GAUSSIAN_BITS = 2.05  # of a Gaussian, rounded to steps of its deviation
 LOG_STEP_OVER_ERROR = 1.79  # log2 of sqrt(12): rounding errs by a twelfth of the squared step
 MOST_TRIALS = 24
-AS_EXACT = 1e-12  # a relative squared error that no more bits need be spent on
+AS_EXACT = 1e-8  # a relative squared error on which no more bits need be spent: half precision rounds to more
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def compress(
         nonfinite: `keep` keeps NaN and infinities exactly.
 
     Raises:
-        CodecError: the target cannot be reached (a budget of more bits than the backend can use is an error, too, unless
-            it keeps the tensor exactly with fewer), a value is not finite, or the backend is not to be had here.
+        CodecError: the target cannot be reached (so many bits that the backend has no use for them are an error, too,
+            unless it keeps the tensor exactly with fewer), a value is not finite, or the backend is not to be had here.
     """
     if (bits is None) == (max_rel_mse is None):
         raise CodecError("give either bits or max_rel_mse")
