@@ -1,6 +1,7 @@
 """Checkpoints through a tensor codec (LLM.265; see dlcm/codec).
 
     python -m eval.codec pack CHECKPOINT PACKED --bits 3.2 [--backend x264] [--transform hadamard] [--keep embed]
+    python -m eval.codec pack CHECKPOINT PACKED --bits 3.2 --mode hessian --calibration novel.txt more.jsonl
     python -m eval.codec unpack PACKED CHECKPOINT
     python -m eval.codec inspect PACKED
     python -m eval.codec verify PACKED
@@ -10,6 +11,10 @@
 CHECKPOINT is a run directory, a checkpoint, or any directory of safetensors and a config.json, as `from_pretrained`
 takes it. `pack` writes a directory of the same files, with `model.codec` in place of weights and optimizer. Matrices go
 through the codec, what is small or has one dimension stays exact; `--bits` is the mean over all values of the file.
+
+`--mode` says how many of them a matrix gets: as many as any other (uniform), what makes the squared error of all least
+(mse), or the harm (hessian): squared errors times squared gradients of the loss on a calibration text. Matrices that no
+gradient reaches, since they decide by a threshold, get the most then.
 
 `unpack` turns it back into what `from_pretrained` and all of eval/ take. The optimizer is gone: an empty file stands
 where verification looks for it, and a run cannot go on from here.
@@ -29,7 +34,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,13 +42,17 @@ from torch import Tensor
 
 from dlcm.codec import BACKENDS, TRANSFORMS, Blob, Container, compress_state, rate_distortion, save
 from eval.bench import markdown_table
+from eval.calibration import error_costs, windows_of
 from eval.codec_report import LEVELS, comparison, comparison_table
-from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
+from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint, positive, report_errors
+from eval.perplexity import read_texts
 from train.checkpoint import CHECKSUMS, file_of, tensor_files
 from train.data import file_sha256
 from train.saving import write_checksums
 
 WEIGHTS = "model.codec"
+Mode = Literal["uniform", "mse", "hessian"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 COPIED = (".json", ".yaml", ".txt", ".jinja", ".model")  # configuration and tokenizer; nothing that is code or pickled
 
 
@@ -77,7 +86,15 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | None, **options: Any) -> None:
+def pack(
+    checkpoint: Path,
+    output: Path,
+    bits: float,
+    keep: re.Pattern[str] | None,
+    mode: Mode = "uniform",
+    calibration: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Writes a packed directory.
 
     Raises:
@@ -91,12 +108,34 @@ def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | No
         print(f"{name}  {tuple(blob.shape)}  {blob.stream}  {blob.bits:.3f} bits", flush=True)
 
     with _directory(output) as partial:
-        blobs = compress_state(weights, bits, keep=keep, tell=tell, **options)
+        costs = costs_of(mode, source, weights, calibration)
+        blobs = compress_state(weights, bits, keep=keep, costs=costs, tell=tell, **options)
         save(partial / WEIGHTS, blobs)
         size, values = (partial / WEIGHTS).stat().st_size, sum(blob.numel for blob in blobs.values())
         _copy(source, partial)
         write_checksums(partial)
     print(f"{output}: {values:,} values, {size:,} bytes, {8 * size / values:.4f} bits a value")
+
+
+def costs_of(mode: Mode, checkpoint: Path, weights: Weights, texts: Sequence[str]) -> dict[str, float] | None:
+    """What errors of matrices cost (see `dlcm.codec.allocation`); None where all are to get the same bits.
+
+    Raises:
+        EvaluationError: `hessian` and no text, or a text that nobody reads.
+    """
+    if (mode == "hessian") != bool(texts):
+        raise EvaluationError(
+            "--mode hessian needs --calibration FILE"
+            if mode == "hessian"
+            else f"--calibration is read by --mode hessian alone, not by {mode}; leave it out"
+        )
+    if mode == "uniform":
+        return None
+    if mode == "mse":
+        return dict.fromkeys(weights, 1.0)
+    loaded = load_checkpoint(checkpoint)
+    positions = loaded.model.config.max_position_embeddings
+    return error_costs(loaded.model, windows_of(loaded.tokenizer, read_texts(texts), positions))
 
 
 def unpack(packed: Path, output: Path) -> None:
@@ -184,7 +223,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _run_pack(options: argparse.Namespace) -> None:
     coding = {"backend": options.backend, "transform": options.transform, "workers": options.workers}
-    pack(options.checkpoint, options.output, options.bits, options.keep, **coding)
+    spent = {"mode": options.mode, "calibration": options.calibration}
+    pack(options.checkpoint, options.output, options.bits, options.keep, **spent, **coding)
 
 
 def _run_unpack(options: argparse.Namespace) -> None:
@@ -233,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     made = command("pack", _run_pack, "Compresses a checkpoint.", "checkpoint", "output")
     made.add_argument("--bits", type=float, required=True, help="mean over all values, everything counted")
     made.add_argument("--keep", type=_pattern, metavar="REGEX", help="names of tensors that are kept exactly")
+    made.add_argument("--mode", choices=MODES, default="uniform", help="who gets how many bits (default: %(default)s)")
+    made.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="text for --mode hessian")
     coding(made)
     made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
     command("unpack", _run_unpack, "Restores a checkpoint.", "packed", "output")

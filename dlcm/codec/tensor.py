@@ -150,6 +150,15 @@ def encode_once(tensor: Tensor, log_step: float, *, backend: Backend) -> Blob:
     return _encoded(prepared, log_step, backend, CLIP_SIGMA)
 
 
+def deviation(tensor: Tensor) -> float:
+    """Of a tensor's values about their mean, those left out that `compress` keeps exactly.
+
+    Raises:
+        CodecError: see `compress`.
+    """
+    return _prepare(tensor, "entropy", "none", DEPTH, CLIP_SIGMA, "refuse").sigma
+
+
 def store(tensor: Tensor) -> Blob:
     """A tensor of any dtype, exactly."""
     return Blob("exact", tuple(tensor.shape), tensor.dtype, payload=raw_bytes(tensor))

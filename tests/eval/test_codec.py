@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dlcm.codec import relative_mse
+from dlcm.codec import Container, relative_mse
 from eval.codec import main
 from eval.codec_report import comparison, comparison_table, gap_bits, totals
 from eval.loading import load_checkpoint
-from tests.eval.conftest import Trained, train_tiny
+from tests.eval.conftest import TEXTS, Trained, train_tiny
 from train.checkpoint import latest_checkpoint
 
 WIDE = {"d_token": 64, "token_ffn": 128}  # or no matrix is large enough for a codec
@@ -48,6 +48,30 @@ def test_a_checkpoint_is_packed_listed_verified_and_restored(
         assert torch.equal(model.state_dict()[name], again[name])
         assert relative_mse(tensor, again[name]) < 1e-3
         assert tensor.ndim > 1 or torch.equal(tensor, again[name])
+
+
+def test_bits_are_allocated_by_what_errors_cost(
+    wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXTS["en"] * 20, encoding="utf-8")
+    common, widths = ["--bits", "5", "--backend", "entropy"], {}
+    for mode, more in (("uniform", []), ("mse", []), ("hessian", ["--calibration", str(text)])):
+        packed = tmp_path / mode
+        assert main(["pack", str(wide.dlcm), str(packed), *common, "--mode", mode, *more]) == 0
+        container = Container(packed / "model.codec")
+        widths[mode] = {name: 8 * container.nbytes(name) / container.header(name).numel for name in container.names()}
+    coded = [name for name in widths["mse"] if widths["uniform"][name] < 8]
+    spread = {mode: max(of[name] for name in coded) - min(of[name] for name in coded) for mode, of in widths.items()}
+    assert spread["uniform"] < 0.3 and spread["mse"] > 0.5 and spread["hessian"] > 0.5
+    assert widths["mse"] != widths["hessian"]
+    capsys.readouterr()
+    for options, message in (
+        (["--mode", "hessian"], "--mode hessian needs --calibration FILE"),
+        (["--mode", "mse", "--calibration", str(text)], "is read by --mode hessian alone, not by mse"),
+    ):
+        assert main(["pack", str(wide.dlcm), str(tmp_path / "x"), *common, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_directory_of_transformers_alone_is_packed_too(wide: Trained, tmp_path: Path) -> None:
