@@ -11,7 +11,7 @@ Needs `pip install 'dlcm[codec]'`: PyAV, whose wheels bring x264 and x265 (GPL),
 """
 
 from dlcm.codec.allocation import allocate
-from dlcm.codec.baselines import Quantised, round_to_nearest, shuffled
+from dlcm.codec.baselines import Quantised, gptq, round_to_nearest, shuffled
 from dlcm.codec.blob import Blob, CodecError
 from dlcm.codec.container import Container, save
 from dlcm.codec.state import compress_state
@@ -38,6 +38,7 @@ __all__ = [
     "compress_state",
     "decompress",
     "deviation",
+    "gptq",
     "rate_distortion",
     "relative_mse",
     "round_to_nearest",

@@ -41,8 +41,8 @@ def compress_state(
     Args:
         tensors: read one at a time, a few times; a lazy mapping keeps memory low.
         keep: names that are kept exactly.
-        costs: of a unit of squared error in a value of each tensor that is coded (see `allocate`). None: all get the same
-            bits.
+        costs: of a unit of squared error in a value of each tensor that is coded (see `allocate`). None: they get the
+            same bits.
         workers: tensors that are compressed at a time. The bytes do not depend on it.
         tell: called for each.
         options: of `compress`.
