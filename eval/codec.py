@@ -6,6 +6,7 @@
     python -m eval.codec inspect PACKED
     python -m eval.codec verify PACKED
     python -m eval.codec compare CHECKPOINT [--backends x264 entropy] [--levels 4 3 2] [--only 'layers.0']
+    python -m eval.codec compare CHECKPOINT --calibration novel.txt
     python -m eval.codec rd CHECKPOINT TENSOR --bits 4 3.5 3 2.5 2
 
 CHECKPOINT is a run directory, a checkpoint, or any directory of safetensors and a config.json, as `from_pretrained`
@@ -21,7 +22,8 @@ where verification looks for it, and a run cannot go on from here.
 
 `compare` gives every tensor the bits of rounding to nearest in groups of 128 and tells whose error is least; rows named
 "shuffled" are of the same tensors with the entries of each row in random order, and `entropy` has no codec at all: what
-is better than neither is not the codec's merit. `rd` is the curve of one tensor.
+is better than neither is not the codec's merit. With a calibration text GPTQ joins, and a table of errors of outputs.
+`rd` is the curve of one tensor.
 
 Needs `pip install 'dlcm[codec]'`.
 """
@@ -42,7 +44,7 @@ from torch import Tensor
 
 from dlcm.codec import BACKENDS, TRANSFORMS, Blob, Container, compress_state, rate_distortion, save
 from eval.bench import markdown_table
-from eval.calibration import error_costs, windows_of
+from eval.calibration import Model, error_costs, input_hessians, windows_of
 from eval.codec_report import LEVELS, comparison, comparison_table
 from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint, positive, report_errors
 from eval.perplexity import read_texts
@@ -64,6 +66,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         files = [path] if path.is_file() else [path / name for name in tensor_files(path, "model")]
         if not all(file.is_file() for file in files):
             raise EvaluationError(f"{path}: no model*.safetensors here; give a checkpoint")
@@ -74,6 +77,10 @@ class Weights(Mapping[str, Tensor]):
             except (OSError, SafetensorError) as error:
                 raise EvaluationError(f"{file}: no safetensors ({error}); use another checkpoint") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __reduce__(self) -> tuple[type["Weights"], tuple[Path]]:
+        """Another process opens the files itself."""
+        return Weights, (self.path,)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -133,9 +140,7 @@ def costs_of(mode: Mode, checkpoint: Path, weights: Weights, texts: Sequence[str
         return None
     if mode == "mse":
         return dict.fromkeys(weights, 1.0)
-    loaded = load_checkpoint(checkpoint)
-    positions = loaded.model.config.max_position_embeddings
-    return error_costs(loaded.model, windows_of(loaded.tokenizer, read_texts(texts), positions))
+    return error_costs(*_model_and_windows(checkpoint, texts))
 
 
 def unpack(packed: Path, output: Path) -> None:
@@ -221,6 +226,12 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def _model_and_windows(checkpoint: Path, texts: Sequence[str]) -> tuple[Model, list[Tensor]]:
+    loaded = load_checkpoint(checkpoint)
+    positions = loaded.model.config.max_position_embeddings
+    return loaded.model, windows_of(loaded.tokenizer, read_texts(texts), positions)
+
+
 def _run_pack(options: argparse.Namespace) -> None:
     coding = {"backend": options.backend, "transform": options.transform, "workers": options.workers}
     spent = {"mode": options.mode, "calibration": options.calibration}
@@ -241,9 +252,14 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    weights = Weights(options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint))
-    rows = comparison(weights, options.levels, options.backends, options.only, options.workers)
+    source = options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint)
+    hessians = None
+    if options.calibration:
+        hessians = input_hessians(*_model_and_windows(source, options.calibration))
+    rows = comparison(Weights(source), options.levels, options.backends, options.only, options.workers, hessians)
     print(comparison_table(rows))
+    if any("output_rel_mse" in row for row in rows):
+        print("\n" + comparison_table(rows, "output_rel_mse"))
 
 
 def _run_rd(options: argparse.Namespace) -> None:
@@ -284,7 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--levels", type=positive, nargs="+", default=LEVELS, help="bits of rounding (%(default)s)")
     made.add_argument("--backends", choices=BACKENDS, nargs="+", default=["x264", "entropy"], help="(%(default)s)")
     made.add_argument("--only", type=_pattern, metavar="REGEX", help="names of tensors")
-    made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
+    made.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="text, for GPTQ and output errors")
+    made.add_argument("--workers", type=positive, default=2, help="processes (%(default)s)")
     made = command("rd", _run_rd, "The curve of one tensor.", "checkpoint")
     made.add_argument("tensor")
     made.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.5, 3.0, 2.5, 2.0], help="(%(default)s)")

@@ -11,9 +11,10 @@ Needs `pip install 'dlcm[codec]'`: PyAV, whose wheels bring x264 and x265 (GPL),
 """
 
 from dlcm.codec.allocation import allocate
-from dlcm.codec.baselines import Quantised, gptq, round_to_nearest, shuffled
+from dlcm.codec.baselines import Quantised, gptq, round_to_nearest, shuffled, unshuffled
 from dlcm.codec.blob import Blob, CodecError
 from dlcm.codec.container import Container, save
+from dlcm.codec.past import OldBlocks
 from dlcm.codec.state import compress_state
 from dlcm.codec.tensor import (
     BACKENDS,
@@ -32,6 +33,7 @@ __all__ = [
     "Blob",
     "CodecError",
     "Container",
+    "OldBlocks",
     "Quantised",
     "allocate",
     "compress",
@@ -45,4 +47,5 @@ __all__ = [
     "save",
     "shuffled",
     "store",
+    "unshuffled",
 ]

@@ -83,9 +83,16 @@ def gptq(weight_OI: Tensor, hessian_II: Tensor, bits: int, group: int = GROUP, c
 
 def shuffled(tensor: Tensor, seed: int = 265) -> Tensor:
     """The same rows, the entries of each in random order: what a codec still saves here is entropy coding."""
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.rand(tensor.shape, generator=draw).argsort(-1)
-    return tensor.cpu().gather(-1, order)
+    return tensor.cpu().gather(-1, _order(tensor, seed))
+
+
+def unshuffled(tensor: Tensor, seed: int = 265) -> Tensor:
+    """The inverse of `shuffled`."""
+    return torch.empty_like(tensor).scatter_(-1, _order(tensor, seed), tensor)
+
+
+def _order(tensor: Tensor, seed: int) -> Tensor:
+    return torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Checkpoints packed and restored by command, and methods compared at equal bits."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -133,6 +134,9 @@ def test_methods_are_compared_at_equal_bits() -> None:
     weights = {"noise": noise, "waves": waves, "norm": torch.ones(9000)}
     rows = comparison(weights, (4, 2), ("x264", "entropy"), workers=2)
     assert {row["tensor"] for row in rows} == {"noise", "waves"}
+    assert comparison(weights, (4, 2), ("entropy",), re.compile("noise"))[0]["squared_error"] == pytest.approx(
+        next(row["squared_error"] for row in rows if row["tensor"] == "noise")
+    )
     for row in rows:
         width = row["level"] + (16 + row["level"]) / 128
         assert width - 0.05 <= row["bits"] <= width
@@ -151,9 +155,18 @@ def test_methods_are_compared_at_equal_bits() -> None:
     assert gap_bits([row for row in rows if row["tensor"] == "waves"], "x264") < -0.3
 
 
-def test_compare_and_rd_print_tables(wide: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(wide.llama), "--levels", "8", "--backends", "entropy", "--only", "embed"]) == 0
-    assert "entropy, shuffled" in capsys.readouterr().out
+def test_compare_and_rd_print_tables(wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = ["compare", str(wide.llama), "--levels", "6", "--backends", "entropy", "--workers", "1", "--only"]
+    assert main([*compare, "embed"]) == 0
+    shown = capsys.readouterr().out
+    assert "entropy, shuffled" in shown and "GPTQ" not in shown
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXTS["en"] * 20, encoding="utf-8")
+    assert main([*compare, "embed|down_proj|lm_head", "--calibration", str(text)]) == 0
+    weights, outputs = capsys.readouterr().out.split("\n\n")
+    assert "relative MSE of outputs" in outputs
+    gains = [float(re.search(r"GPTQ .*\(([\d.]+)\)", table)[1]) for table in (weights, outputs)]
+    assert gains[1] > 1.5 > gains[0]  # it errs more, where it matters less
     names = load_file(latest_checkpoint(wide.llama) / "model.safetensors")
     largest = max(names, key=lambda name: names[name].numel())
     assert main(["rd", str(wide.llama), largest, "--bits", "8", "6", "--backend", "entropy"]) == 0

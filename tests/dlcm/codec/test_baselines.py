@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlcm.codec import CodecError, gptq, relative_mse, round_to_nearest, shuffled
+from dlcm.codec import CodecError, gptq, relative_mse, round_to_nearest, shuffled, unshuffled
 from dlcm.codec.rotation import rotate, unrotate
 from tests.dlcm.codec.test_tensor import gaussian
 
@@ -40,6 +40,7 @@ def test_shuffling_stays_within_rows() -> None:
     x = gaussian(8, 300)
     mixed = shuffled(x)
     assert torch.equal(mixed.sort(1).values, x.sort(1).values) and not torch.equal(mixed, x)
+    assert torch.equal(unshuffled(mixed), x)
     assert torch.equal(mixed, shuffled(x)) and not torch.equal(mixed, shuffled(x, seed=1))
 
 
