@@ -12,7 +12,7 @@ Needs `pip install 'dlcm[codec]'`: PyAV, whose wheels bring x264 and x265 (GPL),
 
 from dlcm.codec.allocation import allocate
 from dlcm.codec.baselines import Quantised, gptq, round_to_nearest, shuffled, unshuffled
-from dlcm.codec.blob import Blob, CodecError
+from dlcm.codec.blob import Blob, BudgetUnused, CodecError
 from dlcm.codec.container import Container, save
 from dlcm.codec.past import OldBlocks
 from dlcm.codec.state import compress_state
@@ -31,6 +31,7 @@ __all__ = [
     "BACKENDS",
     "TRANSFORMS",
     "Blob",
+    "BudgetUnused",
     "CodecError",
     "Container",
     "OldBlocks",

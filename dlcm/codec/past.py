@@ -10,6 +10,7 @@ The first entries attract much of attention, and the newest as much again, so bo
 2511.01815).
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -31,13 +32,14 @@ class OldBlocks:
     Attributes:
         bits: of all that has been compressed, in all.
         values: how many these were.
+        seconds: spent on it, in both directions.
     """
 
     def __init__(self, code: Callable[[Tensor], Quantised], block: int = 64, first: int = 4, recent: int = 64):
         if block < 1 or first < 0 or recent < 0:
             raise CodecError(f"block={block} must be at least 1, first={first} and recent={recent} at least 0")
         self.code, self.block, self.first, self.recent = code, block, first, recent
-        self.bits, self.values = 0.0, 0
+        self.bits, self.values, self.seconds = 0.0, 0, 0.0
         self._done: dict[tuple[str, int], int] = {}  # entries, by stage and row
 
     @torch.no_grad()
@@ -53,7 +55,9 @@ class OldBlocks:
                 self._done[name, row] = start
 
     def _compress_block_(self, x_sKN: Tensor) -> None:
+        start = time.perf_counter()
         coded = self.code(x_sKN.flatten(1).float().cpu())
+        self.seconds += time.perf_counter() - start
         x_sKN.copy_(coded.tensor.view(x_sKN.shape))
         self.bits += coded.bits * x_sKN.numel()
         self.values += x_sKN.numel()

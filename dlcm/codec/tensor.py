@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dlcm.codec import entropy, video
-from dlcm.codec.blob import Blob, CodecError, from_raw, least_padding, raw_bytes
+from dlcm.codec.blob import Blob, BudgetUnused, CodecError, from_raw, least_padding, raw_bytes
 from dlcm.codec.outliers import read_table, write_table
 from dlcm.codec.rotation import rotate, unrotate
 
@@ -32,7 +32,6 @@ WIDEST = 6.0  # octaves by which samples may shrink at the coarsest QP
 GAUSSIAN_BITS = 2.05  # of a Gaussian, rounded to steps of its deviation
 LOG_STEP_OVER_ERROR = 1.79  # log2 of sqrt(12): rounding errs by a twelfth of the squared step
 MOST_TRIALS = 24
-AS_EXACT = 1e-8  # a relative squared error on which no more bits need be spent: half precision rounds to more
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,8 @@ def compress(
         nonfinite: `keep` keeps NaN and infinities exactly.
 
     Raises:
-        CodecError: the target cannot be reached (so many bits that the backend has no use for them are an error, too,
-            unless it keeps the tensor exactly with fewer), a value is not finite, or the backend is not to be had here.
+        CodecError: the target cannot be reached, a value is not finite, or the backend is not to be had here.
+        BudgetUnused: the backend has no use for so many bits.
     """
     if (bits is None) == (max_rel_mse is None):
         raise CodecError("give either bits or max_rel_mse")
@@ -95,11 +94,11 @@ def compress(
         finest, coarsest = (trial_at(bound) for bound in bounds)
         if reached > bits >= coarsest.bits:  # there the curve is no line, and a search may stop short of its end
             blob, reached = coarsest, coarsest.bits
-        too_many = finest.bits < bits - room and relative_mse(tensor, decompress(blob)) > AS_EXACT
-        if reached > bits or too_many:
-            amount = "many" if too_many else "few"
-            reach = f"{backend} takes {coarsest.bits:.3g} to {finest.bits:.3g} here"
-            raise CodecError(f"{bits:g} bits a value are too {amount}: {reach}")
+        reach = f"{backend} takes {coarsest.bits:.3g} to {finest.bits:.3g} here"
+        if finest.bits < bits - room:
+            raise BudgetUnused(f"{bits:g} bits a value are too many: {reach}", finest)
+        if reached > bits:
+            raise CodecError(f"{bits:g} bits a value are too few: {reach}")
         return blob
 
     def log_error(trial: Blob) -> float:
