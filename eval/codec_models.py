@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from dlcm.codec import allocate, deviation
+from dlcm.codec import OldBlocks, Quantised, allocate, deviation, round_to_nearest
 from dlcm.codec.state import is_coded
 from eval.bench import Row
 from eval.calibration import Model, error_costs, input_hessians, windows_of
 from eval.codec import Mode
-from eval.codec_methods import GPTQ, code
-from eval.loading import EvaluationError, LoadedCheckpoint, load_checkpoint
+from eval.codec_methods import GPTQ, ROUNDERS, code
+from eval.loading import EvaluationError, LoadedCheckpoint, encode_document, load_checkpoint
 from eval.perplexity import score_documents
 from eval.scoring import Scorer
 from train.documents import Document
@@ -33,6 +34,7 @@ STAGES = {
     "decoder": ("decoder.",),
     "head": ("lm_head.",),
 }
+BLOCK, FIRST, RECENT = 64, 4, 64  # of tokens, or concepts, of a past that is compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,7 @@ def run_trial(checkpoint: Path, trial: Trial, texts: Texts) -> Row:
         EvaluationError: the model has no such stage.
     """
     loaded = load_checkpoint(checkpoint)
-    row: Row = {"checkpoint": str(checkpoint), "method": trial.method, "budget": trial.budget, "mode": trial.mode}
-    row |= {"stage": trial.stage}
+    row: Row = {"method": trial.method, "budget": trial.budget, "mode": trial.mode, "stage": trial.stage}
     if trial.method is not None:
         row |= compress_model_(loaded.model, trial, _windows(loaded, texts))
     return row | score(loaded, texts.scored)
@@ -116,3 +117,53 @@ def score(loaded: LoadedCheckpoint, documents: Sequence[Document]) -> Row:
 
 def _windows(loaded: LoadedCheckpoint, texts: Texts) -> list[Tensor]:
     return windows_of(loaded.tokenizer, texts.calibration, loaded.model.config.max_position_embeddings)
+
+
+def run_past_trial(checkpoint: Path, method: str | None, level: int, documents: Sequence[Document]) -> Row:
+    """Scores the beginnings of documents, read in pieces of BLOCK tokens, with what is old of their past compressed.
+
+    Args:
+        method: of `eval.codec_methods`; it gets as many bits as rounding to nearest takes to `level` bits. None leaves
+            all as it is.
+
+    Raises:
+        CodecError: see `compress`.
+        EvaluationError: no document has two tokens.
+    """
+    loaded = load_checkpoint(checkpoint)
+    nats = bits = seconds = 0.0
+    num_bytes = tokens = values = 0
+
+    def coded(x: Tensor) -> Quantised:
+        assert method is not None
+        return code(method, x, level if method in ROUNDERS else round_to_nearest(x, level).bits)
+
+    for document in documents:
+        encoded = encode_document(loaded.tokenizer, document.text)
+        ids_1T = encoded.input_ids_1T[:, : loaded.model.config.max_position_embeddings]
+        blocks = OldBlocks(coded, BLOCK, FIRST, RECENT)
+        if ids_1T.shape[1] > 1:
+            nats += _nats_with_past(loaded.model, ids_1T, None if method is None else blocks)
+            num_bytes += len(document.text[encoded.end_T[0] : encoded.end_T[ids_1T.shape[1] - 1]].encode())
+        bits, values, seconds = bits + blocks.bits, values + blocks.values, seconds + blocks.seconds
+        tokens += ids_1T.shape[1]
+    if not num_bytes:
+        raise EvaluationError("no document has two tokens; give other text")
+    row: Row = {"method": method, "level": level, "bits": bits / values if values else None, "tokens": tokens}
+    row |= {"mvalues_per_second": values / 1e6 / seconds if seconds else None, "bytes": num_bytes}
+    return row | {"bits_per_byte": bits_per_byte(nats, num_bytes)}
+
+
+@torch.no_grad()
+def _nats_with_past(model: Model, ids_1T: Tensor, blocks: OldBlocks | None) -> float:
+    """Of all tokens but the first."""
+    cache, nats, start = model.new_cache(ids_1T.shape[1]), 0.0, 0
+    ids_1T = ids_1T.to(model.device)
+    for ids_1t in ids_1T.split(BLOCK, 1):
+        logits_tV = model(input_ids=ids_1t, past_key_values=cache).logits[0].float()
+        target_t = ids_1T[0, start + 1 : start + 1 + len(logits_tV)]
+        nats += torch.nn.functional.cross_entropy(logits_tV[: len(target_t)], target_t, reduction="sum").item()
+        start += len(logits_tV)
+        if blocks is not None:
+            blocks.compress_(cache)
+    return nats

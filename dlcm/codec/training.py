@@ -56,7 +56,7 @@ class PipelineCut:
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the next stage gets of `x`; differentiable, the gradient is what the stage before gets of its own."""
-        crossed: Tensor = _Crossing.apply(x, self)  # type: ignore[no-untyped-call]
+        crossed: Tensor = _Crossing.apply(x, self)
         return crossed
 
     def send_forward(self, x: Tensor) -> Tensor:
