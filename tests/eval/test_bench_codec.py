@@ -99,7 +99,7 @@ def test_a_run_measures_checkpoints_and_goes_on_where_it_was(
 ) -> None:
     model = {"d_token": 64, "token_ffn": 128, "d_concept": 96, "concept_ffn": 192}
     run = train_tiny(tmp_path, "dlcm", trained.data, model=model)
-    arguments = [str(run), "--budgets", "3", "--limit", "1500", "--workers", "1", "--backends", "x264", "entropy"]
+    arguments = [str(run), "--budgets", "3", "--limit", "2400", "--workers", "1", "--backends", "entropy"]
     arguments += ["--output", str(tmp_path / "results"), "--commit", "abc"]
     assert main([*arguments, "--sections", "models", "stages"]) == 0
     assert main([*arguments, "--sections", "stages", "past"]) == 0

@@ -4,25 +4,20 @@ import os
 
 import pytest
 
-from eval.loading import EvaluationError
 from eval.processes import over_processes
 
 
 def where(number: int) -> tuple[int, int]:
     if number < 0:
-        raise EvaluationError("negative")
+        raise ValueError("negative")
     return number, os.getpid()
 
 
 @pytest.mark.parametrize("workers", (1, 2))
-def test_jobs_come_back_in_order(workers: int) -> None:
-    found = list(over_processes(where, [(number,) for number in range(6)], workers))
-    assert [number for number, _ in found] == list(range(6))
+def test_jobs_come_back_in_order_until_one_fails(workers: int) -> None:
+    found = []
+    with pytest.raises(ValueError, match="negative"):
+        for result in over_processes(where, [(number,) for number in (0, 1, 2, 3, -1, 4)], workers):
+            found.append(result)
+    assert [number for number, _ in found] == list(range(4))
     assert all((process == os.getpid()) == (workers == 1) for _, process in found)
-
-
-@pytest.mark.parametrize("workers", (1, 2))
-def test_what_a_job_raises_is_raised(workers: int) -> None:
-    jobs: list[tuple[int]] = [(1,), (-1,)]
-    with pytest.raises(EvaluationError, match="negative"):
-        list(over_processes(where, jobs, workers))

@@ -88,24 +88,11 @@ def _train(rank: int, directory: str) -> None:
             loss_of(network, rank, step).backward()
             optimizer.step()
         final = sum(loss_of(network, rank, 1000 + step).item() for step in range(4)) / 4
-        result = {"loss": final, "state": network.module.state_dict(), "codec": codec and codec.bits / codec.values}
+        result = {"loss": final, "state": network.module.state_dict(), "bits": codec and codec.bits / codec.values}
         torch.save(result, Path(directory) / f"{name}_{rank}.pt")
-    dist.barrier()
 
 
-def test_two_ranks_train_alike_with_compressed_gradients(tmp_path: Path) -> None:
-    run_two_ranks(_train, tmp_path)
-    found = {(name, rank): torch.load(tmp_path / f"{name}_{rank}.pt") for name in ("exact", "coded") for rank in (0, 1)}
-    for name in ("exact", "coded"):
-        for key, value in found[name, 0]["state"].items():
-            assert torch.equal(value, found[name, 1]["state"][key])  # both ranks stay one model
-    untrained = loss_of(model(), 0, 1000).item()
-    exact, coded = (found[name, 0]["loss"] for name in ("exact", "coded"))
-    assert exact < 0.8 * untrained and exact < coded < exact + 0.3 * (untrained - exact)
-    assert 2.6 < found["coded", 0]["codec"] < 3.2  # biases are exact
-
-
-def _average(rank: int, directory: str) -> None:
+def _average(rank: int) -> None:
     network = nn.parallel.DistributedDataParallel(model())
     codec = GradientCodec(EIGHT, feedback=False)
     network.register_comm_hook(codec, average_compressed)
@@ -117,8 +104,21 @@ def _average(rank: int, directory: str) -> None:
         alone.append([codec.blob(x, x.grad) for x in copy.parameters()])
     for parameter, first, second in zip(network.parameters(), *alone, strict=True):
         torch.testing.assert_close(parameter.grad, (decompress(first) + decompress(second)) / 2)
+
+
+def _both(rank: int, directory: str) -> None:
+    _average(rank)
+    _train(rank, directory)
     dist.barrier()
 
 
-def test_a_step_averages_what_each_rank_has_sent(tmp_path: Path) -> None:
-    run_two_ranks(_average, tmp_path)
+def test_two_ranks_average_what_each_has_sent_and_train_alike(tmp_path: Path) -> None:
+    run_two_ranks(_both, tmp_path)
+    found = {(name, rank): torch.load(tmp_path / f"{name}_{rank}.pt") for name in ("exact", "coded") for rank in (0, 1)}
+    for name in ("exact", "coded"):
+        for key, value in found[name, 0]["state"].items():
+            assert torch.equal(value, found[name, 1]["state"][key])  # both ranks stay one model
+    untrained = loss_of(model(), 0, 1000).item()
+    exact, coded = (found[name, 0]["loss"] for name in ("exact", "coded"))
+    assert exact < 0.8 * untrained and exact < coded < exact + 0.3 * (untrained - exact)
+    assert 2.6 < found["coded", 0]["bits"] < 3.2  # biases are exact
