@@ -1,7 +1,9 @@
 """What a calibration text tells of a model's matrices: what an error in them costs, and what they are multiplied by.
 
-    squared gradients   E[g^2] of the loss of a window of text: the diagonal of the empirical Fisher matrix, which
-                        stands for that of the Hessian. An error d adds about d^2 E[g^2] / 2 to the loss.
+    squared gradients   E[g^2] of the loss against tokens drawn from the model itself, at every position of the text:
+                        the diagonal of the Fisher matrix, which is that of the Gauss-Newton Hessian. An error d adds
+                        about d^2 E[g^2] / 2 to the loss. Against the text's own tokens, the mean gradient of a model
+                        that has not converged would stand in for it.
     input Hessians      sum of x x^T over the inputs x of a linear layer, of which GPTQ needs to know.
 
 Both are of the model as it is, not of one whose first layers have been compressed already.
@@ -45,15 +47,19 @@ def windows_of(
     return windows
 
 
-def error_costs(model: Model, windows: Sequence[Tensor]) -> dict[str, float]:
+def error_costs(model: Model, windows: Sequence[Tensor], seed: int = 0) -> dict[str, float]:
     """By parameter: what a unit of squared error in one of its values costs, on average, up to a common factor.
 
-    Infinite where no gradient reaches: what decides by a threshold, as the boundary detector does, cannot be judged so.
+    The seed is of the tokens that are drawn. Infinite where no gradient reaches: what decides by a threshold, as the
+    boundary detector does, cannot be judged so.
     """
     sums: dict[str, Tensor] = {}
+    draw = torch.Generator().manual_seed(seed)
     for window_T in windows:
         model.zero_grad(set_to_none=True)
-        _loss(model, window_T).backward()
+        logits_TV = model(input_ids=window_T[None].to(model.device)).logits[0].cpu()
+        drawn_T = torch.multinomial(logits_TV.detach().float().softmax(1), 1, generator=draw)[:, 0]
+        torch.nn.functional.cross_entropy(logits_TV, drawn_T, reduction="sum").backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 sums[name] = sums.get(name, 0) + parameter.grad.square().mean(dtype=torch.float64)
@@ -83,10 +89,3 @@ def input_hessians(model: Model, windows: Sequence[Tensor]) -> dict[str, Tensor]
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _loss(model: Model, window_T: Tensor) -> Tensor:
-    """Nats of a window."""
-    ids_1T = window_T[None].to(model.device)
-    loss: Tensor = model(input_ids=ids_1T, labels=ids_1T, num_items_in_batch=1, return_logits=False).ce_loss
-    return loss

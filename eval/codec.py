@@ -14,8 +14,8 @@ takes it. `pack` writes a directory of the same files, with `model.codec` in pla
 through the codec, what is small or has one dimension stays exact; `--bits` is the mean over all values of the file.
 
 `--mode` says how many of them a matrix gets: as many as any other (uniform), what makes the squared error of all least
-(mse), or the harm (hessian): squared errors times squared gradients of the loss on a calibration text. Matrices that no
-gradient reaches, since they decide by a threshold, get the most then.
+(mse), or the harm (hessian): squared errors times squared gradients on a calibration text. Matrices that no gradient
+reaches, since they decide by a threshold, get the most then.
 
 `unpack` turns it back into what `from_pretrained` and all of eval/ take. The optimizer is gone: an empty file stands
 where verification looks for it, and a run cannot go on from here.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlcm.codec import CodecError, allocate, compress, compress_state, decompress, deviation
-from dlcm.codec.allocation import LEAST, MOST, predicted_cost
+from dlcm.codec.allocation import BELOW, LEAST, MOST, predicted_cost
 from tests.dlcm.codec.test_tensor import gaussian
 
 
@@ -20,6 +20,7 @@ def test_tensors_alike_get_the_mean_and_a_fourfold_cost_another_bit() -> None:
     assert allocate([10, 10], [1.0, 1.0], [4.0, 1.0], 3.0) == pytest.approx([3.5, 2.5])
     assert allocate([10, 10], [2.0, 1.0], [1.0, 1.0], 3.0) == pytest.approx([3.5, 2.5])
     assert allocate([10, 30], [4.0, 1.0], [1.0, 1.0], 3.0) == pytest.approx([4.5, 2.5])
+    assert allocate([10, 10], [8.0, 1.0], [1.0, 1.0], 3.0) == pytest.approx([3.5, 2.5])  # half a bit below is the most
 
 
 def test_no_exchange_of_bits_between_two_tensors_costs_less() -> None:
@@ -28,20 +29,21 @@ def test_no_exchange_of_bits_between_two_tensors_costs_less() -> None:
         sizes = [draw.randrange(100, 10_000) for _ in range(6)]
         deviations, costs = ([math.exp(draw.gauss(0, 2)) for _ in sizes] for _ in range(2))
         bits = allocate(sizes, deviations, costs, 3.0)
-        assert mean(sizes, bits) == pytest.approx(3.0) and all(LEAST <= width <= MOST for width in bits)
+        assert mean(sizes, bits) == pytest.approx(3.0) and all(3 - BELOW <= width <= MOST for width in bits)
         least = predicted_cost(sizes, deviations, costs, bits)
         for giver in range(6):
             for taker in range(6):
                 moved = list(bits)
                 moved[giver] -= 0.01
                 moved[taker] += 0.01 * sizes[giver] / sizes[taker]
-                if moved[giver] >= LEAST and moved[taker] <= MOST:
+                if moved[giver] >= 3 - BELOW and moved[taker] <= MOST:
                     assert predicted_cost(sizes, deviations, costs, moved) >= least * (1 - 1e-9)
 
 
 def test_what_costs_nothing_gets_the_least_and_what_cannot_be_judged_the_most() -> None:
     bits = allocate([10, 10, 10, 70], [1.0, 0.0, 1.0, 1.0], [0.0, 1.0, math.inf, 1.0], 3.0)
-    assert bits[:3] == [LEAST, LEAST, MOST] and mean([10, 10, 10, 70], bits) == pytest.approx(3.0)
+    assert bits[:3] == [3 - BELOW, 3 - BELOW, MOST] and mean([10, 10, 10, 70], bits) == pytest.approx(3.0)
+    assert allocate([10, 10], [1.0, 1.0], [9.0, 1.0], LEAST) == pytest.approx([LEAST, LEAST])
     for mean_bits in (0.5, 7.0):
         with pytest.raises(CodecError, match=r"cannot be allocated: give 1 to 6"):
             allocate([10], [1.0], [1.0], mean_bits)
@@ -58,7 +60,7 @@ def test_real_codes_err_less_in_all_and_the_file_keeps_its_budget() -> None:
     for blobs in (uniform, varied):
         assert 2.9 < 8 * sum(blob.nbytes for blob in blobs.values()) / sum(x.numel() for x in tensors.values()) <= 3
         errors.append(sum((x - decompress(blobs[name])).square().sum() for name, x in tensors.items()))
-    assert varied["loud"].bits > uniform["loud"].bits + 0.5 > varied["quiet"].bits + 1.5
+    assert varied["loud"].bits > uniform["loud"].bits + 0.5 > varied["quiet"].bits + 0.9
     assert errors[1] < 0.7 * errors[0]
 
 
