@@ -205,10 +205,14 @@ def _bits(budgets: Sequence[float]) -> list[str]:
 
 
 def plot(path: Path, results: Results) -> None:
-    """Writes a PNG: relative MSE of weights on the left, bits per byte of compressed models on the right, by method."""
+    """Writes a PNG: relative MSE of weights on the left, bits per byte of compressed models on the right, by method;
+    none before either was measured.
+    """
     labels = list(dict.fromkeys([*results.get("weights", {}), *results.get("models", {})]))
-    figure = Figure(figsize=(11, 4.0 * max(1, len(labels))), dpi=150, layout="constrained")
-    panels = figure.subplots(max(1, len(labels)), 2, squeeze=False)
+    if not labels:
+        return
+    figure = Figure(figsize=(11, 4.0 * len(labels)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(labels), 2, squeeze=False)
     for (errors, losses), label in zip(panels, labels, strict=True):
         _draw(errors, totals(results.get("weights", {}).get(label, [])), "rel_mse")
         models = [row for row in results.get("models", {}).get(label, []) if row["mode"] == "uniform"]

@@ -90,6 +90,16 @@ def test_weights_alone_can_be_measured(tmp_path: Path) -> None:
         "bits by which a tensor of 1,000,000 values or more misses its budget"
     ]
     assert numbers["results"].keys() == {"weights", "speed"}  # there is no model
+    (tmp_path / "codec.json").unlink()
+    assert main([arguments[0], "--sections", "speed", *arguments[4:]]) == 0  # of which there is no figure
+    assert "Speed on one thread" in (tmp_path / "codec.md").read_text()
+
+
+def test_a_page_shows_what_the_gain_is_due_to(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    save_file({"w": torch.randn(256, 256, generator=draw)}, tmp_path / "model.safetensors")
+    arguments = [str(tmp_path / "model.safetensors"), "--sections", "weights", "--workers", "1"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
     text = (tmp_path / "codec.md").read_text()
     assert "x264, shuffled" in text and "Against the entropy coder alone" in text
 
