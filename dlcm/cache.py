@@ -15,7 +15,7 @@ Legend: B rows, S entries, K key-value heads, N head dimension, E = d_token, C =
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from dlcm.cached_attention import cached_attention
 from dlcm.config import AttentionBackend, DLCMConfig, LlamaBaselineConfig, TokenBlocksConfig
 from dlcm.layout import CLOSING_LAG, CachedSlots, Extension, PackedLayout
 
+KEYS_AND_VALUES = ("_keys", "_values")  # how the names of such tensors end
 GROWTH, MIN_GROWTH = 1.25, 16  # a room that is full grows at least by that factor, and by so many entries
 RATIO_WORTH = 64  # tokens: a row that has so many says as much of how many concepts it will have as the target ratio
 
@@ -50,8 +51,8 @@ class Room:
 
     def add_stack(self, name: str, like: Tensor, shape: BlockShape, layers: int, dtype: torch.dtype) -> None:
         """Adds keys and values of a stack, or of one layer that reads like one."""
-        for part in ("keys", "values"):
-            self.add(f"{name}_{part}", like, (shape.kv_width // shape.head_dim, shape.head_dim), dtype, layers)
+        for part in KEYS_AND_VALUES:
+            self.add(f"{name}{part}", like, (shape.kv_width // shape.head_dim, shape.head_dim), dtype, layers)
 
     def reserve(self, entries: int) -> None:
         """Makes room for so many entries, which are more than there are; tensors move."""
@@ -338,13 +339,20 @@ class DecodingCache(Cache):
 
     # What it costs
 
+    def keys_and_values(self) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+        """Of each stage: a name, a tensor (B, S, K, N) for each layer, and how many entries rows have, (B,)."""
+        yield from self._keys_and_values(self.tokens, self.length_B)
+
+    def _keys_and_values(self, room: Room, entries_B: Tensor) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+        yield from ((name, x, entries_B) for name, x in room.tensors.items() if name.endswith(KEYS_AND_VALUES))
+
     def bytes_in_use(self, parts: tuple[str, ...] = ("",)) -> int:
         """Bytes of the entries that rows have, of all that grows with them. Waits for the device."""
         return int(self.length_B.sum()) * self.tokens.bytes_per_entry(parts)
 
     def key_value_bytes(self) -> int:
         """The same of keys and values alone."""
-        return self.bytes_in_use(("_keys", "_values"))
+        return self.bytes_in_use(KEYS_AND_VALUES)
 
 
 class ConceptCache(DecodingCache):
@@ -481,6 +489,11 @@ class ConceptCache(DecodingCache):
             self.slots.for_each(change)
             for name in ("concepts_B", "open_sum_BE", "open_count_B"):
                 setattr(self, name, change(getattr(self, name)))
+
+    def keys_and_values(self) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+        yield from super().keys_and_values()
+        yield from self._keys_and_values(self.concepts, self.concepts_B)
+        yield from self._keys_and_values(self.slots, self.concepts_B + 1)
 
     def bytes_in_use(self, parts: tuple[str, ...] = ("",)) -> int:
         concepts, rows = int(self.concepts_B.sum()), len(self.concepts_B)

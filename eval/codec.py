@@ -1,22 +1,29 @@
 """Checkpoints through a tensor codec (LLM.265; see dlcm/codec).
 
     python -m eval.codec pack CHECKPOINT PACKED --bits 3.2 [--backend x264] [--transform hadamard] [--keep embed]
+    python -m eval.codec pack CHECKPOINT PACKED --bits 3.2 --mode hessian --calibration novel.txt more.jsonl
     python -m eval.codec unpack PACKED CHECKPOINT
     python -m eval.codec inspect PACKED
     python -m eval.codec verify PACKED
     python -m eval.codec compare CHECKPOINT [--backends x264 entropy] [--levels 4 3 2] [--only 'layers.0']
+    python -m eval.codec compare CHECKPOINT --calibration novel.txt
     python -m eval.codec rd CHECKPOINT TENSOR --bits 4 3.5 3 2.5 2
 
 CHECKPOINT is a run directory, a checkpoint, or any directory of safetensors and a config.json, as `from_pretrained`
 takes it. `pack` writes a directory of the same files, with `model.codec` in place of weights and optimizer. Matrices go
 through the codec, what is small or has one dimension stays exact; `--bits` is the mean over all values of the file.
 
+`--mode` says how many of them a matrix gets: as many as any other (uniform), what makes the squared error of all least
+(mse), or the harm (hessian): squared errors times squared gradients on a calibration text. Matrices that no gradient
+reaches, since they decide by a threshold, get the most then.
+
 `unpack` turns it back into what `from_pretrained` and all of eval/ take. The optimizer is gone: an empty file stands
 where verification looks for it, and a run cannot go on from here.
 
 `compare` gives every tensor the bits of rounding to nearest in groups of 128 and tells whose error is least; rows named
 "shuffled" are of the same tensors with the entries of each row in random order, and `entropy` has no codec at all: what
-is better than neither is not the codec's merit. `rd` is the curve of one tensor.
+is better than neither is not the codec's merit. With a calibration text GPTQ joins, and a table of errors of outputs.
+`rd` is the curve of one tensor.
 
 Needs `pip install 'dlcm[codec]'`.
 """
@@ -29,7 +36,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,13 +44,17 @@ from torch import Tensor
 
 from dlcm.codec import BACKENDS, TRANSFORMS, Blob, Container, compress_state, rate_distortion, save
 from eval.bench import markdown_table
+from eval.calibration import Model, error_costs, input_hessians, windows_of
 from eval.codec_report import LEVELS, comparison, comparison_table
-from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
+from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint, positive, report_errors
+from eval.perplexity import read_texts
 from train.checkpoint import CHECKSUMS, file_of, tensor_files
 from train.data import file_sha256
 from train.saving import write_checksums
 
 WEIGHTS = "model.codec"
+Mode = Literal["uniform", "mse", "hessian"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 COPIED = (".json", ".yaml", ".txt", ".jinja", ".model")  # configuration and tokenizer; nothing that is code or pickled
 
 
@@ -55,6 +66,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         files = [path] if path.is_file() else [path / name for name in tensor_files(path, "model")]
         if not all(file.is_file() for file in files):
             raise EvaluationError(f"{path}: no model*.safetensors here; give a checkpoint")
@@ -65,6 +77,10 @@ class Weights(Mapping[str, Tensor]):
             except (OSError, SafetensorError) as error:
                 raise EvaluationError(f"{file}: no safetensors ({error}); use another checkpoint") from error
             self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __reduce__(self) -> tuple[type["Weights"], tuple[Path]]:
+        """Another process opens the files itself."""
+        return Weights, (self.path,)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -77,7 +93,15 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | None, **options: Any) -> None:
+def pack(
+    checkpoint: Path,
+    output: Path,
+    bits: float,
+    keep: re.Pattern[str] | None,
+    mode: Mode = "uniform",
+    calibration: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Writes a packed directory.
 
     Raises:
@@ -91,12 +115,32 @@ def pack(checkpoint: Path, output: Path, bits: float, keep: re.Pattern[str] | No
         print(f"{name}  {tuple(blob.shape)}  {blob.stream}  {blob.bits:.3f} bits", flush=True)
 
     with _directory(output) as partial:
-        blobs = compress_state(weights, bits, keep=keep, tell=tell, **options)
+        costs = costs_of(mode, source, weights, calibration)
+        blobs = compress_state(weights, bits, keep=keep, costs=costs, tell=tell, **options)
         save(partial / WEIGHTS, blobs)
         size, values = (partial / WEIGHTS).stat().st_size, sum(blob.numel for blob in blobs.values())
         _copy(source, partial)
         write_checksums(partial)
     print(f"{output}: {values:,} values, {size:,} bytes, {8 * size / values:.4f} bits a value")
+
+
+def costs_of(mode: Mode, checkpoint: Path, weights: Weights, texts: Sequence[str]) -> dict[str, float] | None:
+    """What errors of matrices cost (see `dlcm.codec.allocation`); None where all are to get the same bits.
+
+    Raises:
+        EvaluationError: `hessian` and no text, or a text that nobody reads.
+    """
+    if (mode == "hessian") != bool(texts):
+        raise EvaluationError(
+            "--mode hessian needs --calibration FILE"
+            if mode == "hessian"
+            else f"--calibration is read by --mode hessian alone, not by {mode}; leave it out"
+        )
+    if mode == "uniform":
+        return None
+    if mode == "mse":
+        return dict.fromkeys(weights, 1.0)
+    return error_costs(*_model_and_windows(checkpoint, texts))
 
 
 def unpack(packed: Path, output: Path) -> None:
@@ -182,9 +226,16 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def _model_and_windows(checkpoint: Path, texts: Sequence[str]) -> tuple[Model, list[Tensor]]:
+    loaded = load_checkpoint(checkpoint)
+    positions = loaded.model.config.max_position_embeddings
+    return loaded.model, windows_of(loaded.tokenizer, read_texts(texts), positions)
+
+
 def _run_pack(options: argparse.Namespace) -> None:
     coding = {"backend": options.backend, "transform": options.transform, "workers": options.workers}
-    pack(options.checkpoint, options.output, options.bits, options.keep, **coding)
+    spent = {"mode": options.mode, "calibration": options.calibration}
+    pack(options.checkpoint, options.output, options.bits, options.keep, **spent, **coding)
 
 
 def _run_unpack(options: argparse.Namespace) -> None:
@@ -201,9 +252,14 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    weights = Weights(options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint))
-    rows = comparison(weights, options.levels, options.backends, options.only, options.workers)
+    source = options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint)
+    hessians = None
+    if options.calibration:
+        hessians = input_hessians(*_model_and_windows(source, options.calibration))
+    rows = comparison(Weights(source), options.levels, options.backends, options.only, options.workers, hessians)
     print(comparison_table(rows))
+    if any("output_rel_mse" in row for row in rows):
+        print("\n" + comparison_table(rows, "output_rel_mse"))
 
 
 def _run_rd(options: argparse.Namespace) -> None:
@@ -233,6 +289,8 @@ def _parser() -> argparse.ArgumentParser:
     made = command("pack", _run_pack, "Compresses a checkpoint.", "checkpoint", "output")
     made.add_argument("--bits", type=float, required=True, help="mean over all values, everything counted")
     made.add_argument("--keep", type=_pattern, metavar="REGEX", help="names of tensors that are kept exactly")
+    made.add_argument("--mode", choices=MODES, default="uniform", help="who gets how many bits (default: %(default)s)")
+    made.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="text for --mode hessian")
     coding(made)
     made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
     command("unpack", _run_unpack, "Restores a checkpoint.", "packed", "output")
@@ -242,7 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--levels", type=positive, nargs="+", default=LEVELS, help="bits of rounding (%(default)s)")
     made.add_argument("--backends", choices=BACKENDS, nargs="+", default=["x264", "entropy"], help="(%(default)s)")
     made.add_argument("--only", type=_pattern, metavar="REGEX", help="names of tensors")
-    made.add_argument("--workers", type=positive, default=2, help="tensors at a time (%(default)s)")
+    made.add_argument("--calibration", nargs="+", default=[], metavar="FILE", help="text, for GPTQ and output errors")
+    made.add_argument("--workers", type=positive, default=2, help="processes (%(default)s)")
     made = command("rd", _run_rd, "The curve of one tensor.", "checkpoint")
     made.add_argument("tensor")
     made.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.5, 3.0, 2.5, 2.0], help="(%(default)s)")

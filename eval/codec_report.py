@@ -1,25 +1,26 @@
-"""Errors of tensors at equal bits: rounding to nearest, codecs, codecs on shuffled entries, entropy coding alone.
+"""Errors of tensors at equal bits: rounding, codecs, codecs on shuffled entries, entropy coding alone.
 
 Each tensor gets from every method as many bits as rounding to nearest takes of it, all side information counted. Errors
-are squared errors of all tensors together, over their squared values.
+are squared errors of all tensors together, over their squared values. Where it is known what a layer reads, there is
+also the error of its output, over the output, on average over layers.
 """
 
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dlcm.codec import compress, decompress, round_to_nearest, shuffled
+from dlcm.codec import round_to_nearest
 from dlcm.codec.state import is_coded
-from dlcm.codec.tensor import Backend, Transform
+from dlcm.codec.tensor import Backend
 from eval.bench import Row, find, markdown_table
+from eval.codec_methods import CLIPPED, GPTQ, ROTATED, ROUNDING, SHUFFLED, code
 from eval.loading import EvaluationError
+from eval.processes import over_processes
 
 LEVELS = (4, 3, 2)  # bits of rounding, without scales
-ROUNDING, CLIPPED = "RTN g128", "RTN g128, clip search"
 
 
 def comparison(
@@ -28,8 +29,13 @@ def comparison(
     backends: Sequence[Backend],
     only: re.Pattern[str] | None = None,
     workers: int = 1,
+    hessians: Mapping[str, Tensor] | None = None,
 ) -> list[Row]:
     """A row for each tensor, level and method: bits, squared error, energy, and seconds in both directions.
+
+    Args:
+        hessians: of the inputs of layers, by the names of their weights (see `eval.calibration`): adds GPTQ, and
+            `output_rel_mse` of each method.
 
     Raises:
         EvaluationError: no tensor is large enough.
@@ -37,13 +43,10 @@ def comparison(
     names = [name for name in weights if is_coded(name, weights[name]) and (only is None or only.search(name))]
     if not names:
         raise EvaluationError("no matrix of floats that is large enough; give another checkpoint, or other names")
-
-    def rows_of(name: str) -> list[Row]:
-        tensor = weights[name].float()
-        return [{"tensor": name, "values": tensor.numel()} | row for row in _measured(tensor, levels, backends)]
-
-    with ThreadPoolExecutor(workers) as pool:
-        return [row for rows in pool.map(rows_of, names) for row in rows]
+    names.sort(key=lambda name: -weights[name].numel())
+    known = hessians or {}
+    jobs = [(weights, name, level, backends, known.get(name), bool(known)) for name in names for level in levels]
+    return [row for rows in over_processes(_measured, jobs, workers) for row in rows]
 
 
 def totals(rows: Sequence[Row]) -> list[Row]:
@@ -52,18 +55,19 @@ def totals(rows: Sequence[Row]) -> list[Row]:
     for level, method in dict.fromkeys((row["level"], row["method"]) for row in rows):
         own = [row for row in rows if row["level"] == level and row["method"] == method]
         values = sum(row["values"] for row in own)
-        summed.append(
-            {
-                "level": level,
-                "method": method,
-                "bits": sum(row["bits"] * row["values"] for row in own) / values,
-                "rel_mse": sum(row["squared_error"] for row in own) / sum(row["energy"] for row in own),
-            }
-        )
+        total: Row = {
+            "level": level,
+            "method": method,
+            "bits": sum(row["bits"] * row["values"] for row in own) / values,
+            "rel_mse": sum(row["squared_error"] for row in own) / sum(row["energy"] for row in own),
+        }
+        if outputs := [row["output_rel_mse"] for row in own if "output_rel_mse" in row]:
+            total["output_rel_mse"] = sum(outputs) / len(outputs)
+        summed.append(total)
     return summed
 
 
-def comparison_table(rows: Sequence[Row]) -> str:
+def comparison_table(rows: Sequence[Row], column: str = "rel_mse") -> str:
     """Totals as a table: a method a line, a level a column, and how often its error goes into that of rounding."""
     summed = totals(rows)
     levels = list(dict.fromkeys(row["level"] for row in summed))
@@ -71,36 +75,12 @@ def comparison_table(rows: Sequence[Row]) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in summed):
         own = [find(summed, level=level, method=method) for level in levels]
-        against = [find(summed, level=level, method=ROUNDING)["rel_mse"] for level in levels]
-        cells = [f"{row['rel_mse']:.4f} ({base / row['rel_mse']:.2f})" for row, base in zip(own, against, strict=True)]
-        lines.append((method, *cells))
-    return markdown_table(("relative MSE (gain over RTN)", *(f"{width:.3f} bits" for width in bits)), lines)
-
-
-def _measured(tensor: Tensor, levels: Sequence[int], backends: Sequence[Backend]) -> Iterable[Row]:
-    energy, mixed = tensor.double().square().sum().item(), shuffled(tensor)
-
-    def row(level: int, method: str, bits: float, original: Tensor, again: Tensor, **seconds: float) -> Row:
-        error = (original.double() - again.double()).square().sum().item()
-        return {"level": level, "method": method, "bits": bits, "squared_error": error, "energy": energy} | seconds
-
-    for level in levels:
-        rounded, clipped = (round_to_nearest(tensor, level, clip_search=search) for search in (False, True))
-        yield row(level, ROUNDING, rounded.bits, tensor, rounded.tensor)
-        yield row(level, CLIPPED, clipped.bits, tensor, clipped.tensor)
-        for backend in backends:
-            variants: tuple[tuple[str, Tensor, Transform], ...] = (
-                (backend, tensor, "none"),
-                (f"{backend}, rotated", tensor, "hadamard"),
-                (f"{backend}, shuffled", mixed, "none"),
-            )
-            for label, original, transform in variants:
-                start = time.perf_counter()
-                blob = compress(original, bits=rounded.bits, backend=backend, transform=transform)
-                middle = time.perf_counter()
-                again = decompress(blob)
-                seconds = {"compress_s": middle - start, "decompress_s": time.perf_counter() - middle}
-                yield row(level, label, blob.bits, original, again, **seconds)
+        if all(column in row for row in own):
+            against = [find(summed, level=level, method=ROUNDING)[column] for level in levels]
+            cells = [f"{row[column]:.4f} ({base / row[column]:.2f})" for row, base in zip(own, against, strict=True)]
+            lines.append((method, *cells))
+    title = {"rel_mse": "relative MSE", "output_rel_mse": "relative MSE of outputs"}[column]
+    return markdown_table((f"{title} (gain over RTN)", *(f"{width:.3f} bits" for width in bits)), lines)
 
 
 def gap_bits(rows: Sequence[Row], backend: str) -> float:
@@ -111,3 +91,35 @@ def gap_bits(rows: Sequence[Row], backend: str) -> float:
     levels = dict.fromkeys(row["level"] for row in summed)
     errors = [[find(summed, level=level, method=name)["rel_mse"] for name in (backend, "entropy")] for level in levels]
     return max(math.log2(own / control) / 2 for own, control in errors)
+
+
+def _measured(
+    weights: Mapping[str, Tensor],
+    name: str,
+    level: int,
+    backends: Sequence[Backend],
+    hessian_II: Tensor | None,
+    with_gptq: bool,
+) -> list[Row]:
+    tensor = weights[name].float()
+    energy, budget = tensor.double().square().sum().item(), round_to_nearest(tensor, level).bits
+    methods: list[tuple[str, float]] = [(ROUNDING, level), (CLIPPED, level), *([(GPTQ, level)] if with_gptq else [])]
+    methods += [(backend + variant, budget) for backend in backends for variant in ("", ROTATED, SHUFFLED)]
+    rows = []
+    for method, bits in methods:
+        start = time.perf_counter()
+        coded = code(method, tensor, bits, hessian_II)
+        seconds = time.perf_counter() - start
+        error = coded.tensor.double() - tensor.double()
+        row: Row = {"tensor": name, "values": tensor.numel(), "level": level, "method": method, "bits": coded.bits}
+        row |= {"squared_error": error.square().sum().item(), "energy": energy, "seconds": seconds}
+        if hessian_II is not None:
+            row["output_rel_mse"] = _energy(error, hessian_II) / _energy(tensor, hessian_II)
+        rows.append(row)
+    return rows
+
+
+def _energy(weight_OI: Tensor, hessian_II: Tensor) -> float:
+    """Of what a layer of such weights puts out, on the inputs of the Hessian."""
+    wide_OI = weight_OI.double()
+    return ((wide_OI @ hessian_II.double()) * wide_OI).sum().item()

@@ -10,26 +10,43 @@ a range coder, no codec. Bits are always those of all bytes, headers and outlier
 Needs `pip install 'dlcm[codec]'`: PyAV, whose wheels bring x264 and x265 (GPL), and constriction.
 """
 
-from dlcm.codec.baselines import Quantised, round_to_nearest, shuffled
-from dlcm.codec.blob import Blob, CodecError
+from dlcm.codec.allocation import allocate
+from dlcm.codec.baselines import Quantised, gptq, round_to_nearest, shuffled, unshuffled
+from dlcm.codec.blob import Blob, BudgetUnused, CodecError
 from dlcm.codec.container import Container, save
+from dlcm.codec.past import OldBlocks
 from dlcm.codec.state import compress_state
-from dlcm.codec.tensor import BACKENDS, TRANSFORMS, compress, decompress, rate_distortion, relative_mse, store
+from dlcm.codec.tensor import (
+    BACKENDS,
+    TRANSFORMS,
+    compress,
+    decompress,
+    deviation,
+    rate_distortion,
+    relative_mse,
+    store,
+)
 
 __all__ = [
     "BACKENDS",
     "TRANSFORMS",
     "Blob",
+    "BudgetUnused",
     "CodecError",
     "Container",
+    "OldBlocks",
     "Quantised",
+    "allocate",
     "compress",
     "compress_state",
     "decompress",
+    "deviation",
+    "gptq",
     "rate_distortion",
     "relative_mse",
     "round_to_nearest",
     "save",
     "shuffled",
     "store",
+    "unshuffled",
 ]

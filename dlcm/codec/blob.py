@@ -152,6 +152,18 @@ class Blob:
         return blob, start, (sizes[0], sizes[1])
 
 
+class BudgetUnused(CodecError):
+    """A budget of more bits than a backend has use for.
+
+    Attributes:
+        finest: the blob of the most bits that it has use for.
+    """
+
+    def __init__(self, message: str, finest: Blob):
+        super().__init__(message)
+        self.finest = finest
+
+
 def least_padding(blob: Blob) -> bytes:
     """Zeros that a payload needs for the blob to be long enough for its values."""
     return bytes(max(0, -(-blob.numel // MOST_VALUES) - blob.nbytes))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dlcm.codec import entropy, video
-from dlcm.codec.blob import Blob, CodecError, from_raw, least_padding, raw_bytes
+from dlcm.codec.blob import Blob, BudgetUnused, CodecError, from_raw, least_padding, raw_bytes
 from dlcm.codec.outliers import read_table, write_table
 from dlcm.codec.rotation import rotate, unrotate
 
@@ -66,6 +66,7 @@ def compress(
 
     Raises:
         CodecError: the target cannot be reached, a value is not finite, or the backend is not to be had here.
+        BudgetUnused: the backend has no use for so many bits.
     """
     if (bits is None) == (max_rel_mse is None):
         raise CodecError("give either bits or max_rel_mse")
@@ -88,8 +89,16 @@ def compress(
     if bits is not None:
         room, guess = max(0.004, 64 / tensor.numel()), GAUSSIAN_BITS - bits + prepared.blob.side_bits
         blob, reached = _search(trial_at, lambda trial: trial.bits, -1, bits, room, guess, bounds)
+        if bits - room <= reached <= bits:
+            return blob
+        finest, coarsest = (trial_at(bound) for bound in bounds)
+        if reached > bits >= coarsest.bits:  # there the curve is no line, and a search may stop short of its end
+            blob, reached = coarsest, coarsest.bits
+        reach = f"{backend} takes {coarsest.bits:.3g} to {finest.bits:.3g} here"
+        if finest.bits < bits - room:
+            raise BudgetUnused(f"{bits:g} bits a value are too many: {reach}", finest)
         if reached > bits:
-            raise CodecError(f"{bits:g} bits a value are too few: {backend} takes at least {reached:.3g} here")
+            raise CodecError(f"{bits:g} bits a value are too few: {reach}")
         return blob
 
     def log_error(trial: Blob) -> float:
@@ -138,6 +147,15 @@ def encode_once(tensor: Tensor, log_step: float, *, backend: Backend) -> Blob:
     if not prepared.sigma:
         raise CodecError("a constant has no step; compress it")
     return _encoded(prepared, log_step, backend, CLIP_SIGMA)
+
+
+def deviation(tensor: Tensor) -> float:
+    """Of a tensor's values about their mean, those left out that `compress` keeps exactly.
+
+    Raises:
+        CodecError: see `compress`.
+    """
+    return _prepare(tensor, "entropy", "none", DEPTH, CLIP_SIGMA, "refuse").sigma
 
 
 def store(tensor: Tensor) -> Blob:
@@ -236,7 +254,8 @@ def _far(x: np.ndarray, clip_sigma: float) -> tuple[np.ndarray, float, float]:
 def _bounds(backend: Backend, depth: int, clip_sigma: float) -> tuple[float, float]:
     """The finest and the coarsest log2 of the step over the deviation."""
     if backend == "entropy":
-        return entropy.FINEST, entropy.COARSEST
+        levels = entropy.MOST_SYMBOLS / 2 - 1  # on either side
+        return max(entropy.FINEST, math.log2(clip_sigma / levels)), entropy.COARSEST
     encoder = video.ENCODERS[backend]
     at_one = encoder.qp_of(video.reach(depth) / clip_sigma, depth)  # the QP of a step of one deviation
     return (encoder.least_qp(depth) - at_one) / 6, (encoder.most_qp(depth) - at_one) / 6 + WIDEST

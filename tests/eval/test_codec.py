@@ -1,5 +1,6 @@
 """Checkpoints packed and restored by command, and methods compared at equal bits."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dlcm.codec import relative_mse
+from dlcm.codec import Container, relative_mse
 from eval.codec import main
 from eval.codec_report import comparison, comparison_table, gap_bits, totals
 from eval.loading import load_checkpoint
-from tests.eval.conftest import Trained, train_tiny
+from tests.eval.conftest import TEXTS, Trained, train_tiny
 from train.checkpoint import latest_checkpoint
 
 WIDE = {"d_token": 64, "token_ffn": 128}  # or no matrix is large enough for a codec
@@ -50,6 +51,30 @@ def test_a_checkpoint_is_packed_listed_verified_and_restored(
         assert tensor.ndim > 1 or torch.equal(tensor, again[name])
 
 
+def test_bits_are_allocated_by_what_errors_cost(
+    wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXTS["en"] * 20, encoding="utf-8")
+    common, widths = ["--bits", "5", "--backend", "entropy"], {}
+    for mode, more in (("uniform", []), ("mse", []), ("hessian", ["--calibration", str(text)])):
+        packed = tmp_path / mode
+        assert main(["pack", str(wide.dlcm), str(packed), *common, "--mode", mode, *more]) == 0
+        container = Container(packed / "model.codec")
+        widths[mode] = {name: 8 * container.nbytes(name) / container.header(name).numel for name in container.names()}
+    coded = [name for name in widths["mse"] if widths["uniform"][name] < 8]
+    spread = {mode: max(of[name] for name in coded) - min(of[name] for name in coded) for mode, of in widths.items()}
+    assert spread["uniform"] < 0.3 and spread["mse"] > 0.5 and spread["hessian"] > 0.5
+    assert widths["mse"] != widths["hessian"]
+    capsys.readouterr()
+    for options, message in (
+        (["--mode", "hessian"], "--mode hessian needs --calibration FILE"),
+        (["--mode", "mse", "--calibration", str(text)], "is read by --mode hessian alone, not by mse"),
+    ):
+        assert main(["pack", str(wide.dlcm), str(tmp_path / "x"), *common, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_directory_of_transformers_alone_is_packed_too(wide: Trained, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(latest_checkpoint(wide.llama)).to_llama().bfloat16()
     model.save_pretrained(tmp_path / "llama", max_shard_size="20KB")
@@ -64,14 +89,14 @@ def test_a_directory_of_transformers_alone_is_packed_too(wide: Trained, tmp_path
 
 def test_the_same_command_gives_the_same_bytes(wide: Trained, tmp_path: Path) -> None:
     for name, workers in (("one", "1"), ("two", "2")):
-        assert main(["pack", str(wide.dlcm), str(tmp_path / name), "--bits", "16", "--workers", workers]) == 0
+        assert main(["pack", str(wide.dlcm), str(tmp_path / name), "--bits", "12", "--workers", workers]) == 0
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
 def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = tmp_path / "packed"
-    assert main(["pack", str(wide.dlcm), str(packed), "--bits", "16"]) == 0
+    assert main(["pack", str(wide.dlcm), str(packed), "--bits", "12"]) == 0
 
     def error(*arguments: str) -> str:
         capsys.readouterr()
@@ -81,6 +106,7 @@ def test_whatever_goes_wrong_is_one_line(wide: Trained, tmp_path: Path, capsys: 
         return lines[0]
 
     assert "exists; give another name" in error("pack", str(wide.dlcm), str(packed), "--bits", "16")
+    assert "bits a value are too many: x264 takes" in error("pack", str(wide.dlcm), str(tmp_path / "x"), "--bits", "20")
     assert "spent on what is kept" in error("pack", str(wide.dlcm), str(tmp_path / "x"), "--bits", "0.1")
     assert "no such directory" in error("pack", str(tmp_path / "none"), str(tmp_path / "x"), "--bits", "3")
     (tmp_path / "empty").mkdir()
@@ -106,8 +132,11 @@ def test_methods_are_compared_at_equal_bits() -> None:
     noise = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     waves = torch.linspace(0, 6, 256).sin()[:, None] + torch.linspace(0, 9, 256).cos() + 0.1 * noise  # the codec's case
     weights = {"noise": noise, "waves": waves, "norm": torch.ones(9000)}
-    rows = comparison(weights, (4, 2), ("x264", "entropy"), workers=2)
+    rows = comparison(weights, (4, 2), ("x264", "entropy"))
     assert {row["tensor"] for row in rows} == {"noise", "waves"}
+    assert comparison(weights, (4, 2), ("entropy",), re.compile("noise"))[0]["squared_error"] == pytest.approx(
+        next(row["squared_error"] for row in rows if row["tensor"] == "noise")
+    )
     for row in rows:
         width = row["level"] + (16 + row["level"]) / 128
         assert width - 0.05 <= row["bits"] <= width
@@ -126,9 +155,18 @@ def test_methods_are_compared_at_equal_bits() -> None:
     assert gap_bits([row for row in rows if row["tensor"] == "waves"], "x264") < -0.3
 
 
-def test_compare_and_rd_print_tables(wide: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(wide.llama), "--levels", "8", "--backends", "entropy", "--only", "embed"]) == 0
-    assert "entropy, shuffled" in capsys.readouterr().out
+def test_compare_and_rd_print_tables(wide: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = ["compare", str(wide.llama), "--levels", "6", "--backends", "entropy", "--workers", "1", "--only"]
+    assert main([*compare, "embed"]) == 0
+    shown = capsys.readouterr().out
+    assert "entropy, shuffled" in shown and "GPTQ" not in shown
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXTS["en"] * 20, encoding="utf-8")
+    assert main([*compare, "embed|down_proj|lm_head", "--calibration", str(text)]) == 0
+    weights, outputs = capsys.readouterr().out.split("\n\n")
+    assert "relative MSE of outputs" in outputs
+    gains = [float(re.search(r"GPTQ .*\(([\d.]+)\)", table)[1]) for table in (weights, outputs)]
+    assert gains[1] > 1.5 > gains[0]  # it errs more, where it matters less
     names = load_file(latest_checkpoint(wide.llama) / "model.safetensors")
     largest = max(names, key=lambda name: names[name].numel())
     assert main(["rd", str(wide.llama), largest, "--bits", "8", "6", "--backend", "entropy"]) == 0

@@ -1,6 +1,7 @@
 """Tensors there and back: budgets, exact values, shapes and dtypes, and what is refused."""
 
 import math
+import re
 import sys
 
 import av
@@ -202,13 +203,30 @@ def test_a_curve_falls() -> None:
         ({"bits": 3, "depth": 12}, "depth 12: take one of 8, 10"),
         ({"bits": 3, "clip_sigma": 0.5}, "clip_sigma"),
         ({"bits": 3, "nonfinite": "drop"}, "nonfinite 'drop'"),
-        ({"bits": 0.02}, "too few"),
+        ({"bits": 0.02}, r"0.02 bits a value are too few: x264 takes 0\.\d+ to 12\.\d here"),
+        ({"bits": 13}, r"13 bits a value are too many: x264 takes 0\.\d+ to 12\.\d here"),
+        ({"bits": 13, "depth": 8}, r"too many: x264 takes 0\.\d+ to 7\.\d here"),
+        ({"bits": 90, "backend": "entropy"}, r"too many: entropy takes 0\.\d+ to \d\d\.\d here"),
+        ({"bits": 90, "backend": "entropy", "clip_sigma": 1000}, "too many: entropy takes"),
         ({"max_rel_mse": 1e-12}, "too small"),
     ),
 )
 def test_what_cannot_be_is_one_clear_error(options: dict[str, object], message: str) -> None:
     with pytest.raises(CodecError, match=message):
         compress(gaussian(64, 64), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", SOFTWARE)
+def test_the_range_that_an_error_names_is_the_one_that_can_be_reached(backend: Backend) -> None:
+    x = gaussian(128, 128)
+    with pytest.raises(CodecError) as refused:
+        compress(x, bits=99, backend=backend)
+    least, most = map(float, re.findall(r"takes (\S+) to (\S+) here", str(refused.value))[0])
+    for bits in (1.05 * least, 0.95 * most):
+        assert 0.9 * bits < compress(x, bits=bits, backend=backend).bits <= bits
+    for bits in (0.9 * least, 1.05 * most):
+        with pytest.raises(CodecError, match="too few" if bits < 1 else "too many"):
+            compress(x, bits=bits, backend=backend)
 
 
 def test_tensors_that_are_no_floats_or_too_large_for_them() -> None:
