@@ -372,6 +372,8 @@ class ConceptCache(DecodingCache):
         super()._begin_rows(dtype, product_dtype)
         config, like = self.config, self.length_B
         self.tokens.add("states", like, (config.d_token,), dtype)
+        if config.segmenter == "words":
+            self.tokens.add("ends_word", like, (), torch.bool)
         self.concepts.add_stack("backbone", like, concept_block_shape(config), config.backbone_layers, product_dtype)
         self.concepts.add("reasoned", like, (config.d_concept,), dtype)
         self.slots.add_stack("cross", like, token_block_shape(config), 1, product_dtype)
@@ -395,9 +397,14 @@ class ConceptCache(DecodingCache):
         if self.slots.entries <= self.concepts.entries:
             self.slots.reserve(self.concepts.entries + 1)
 
-    def last_state(self) -> Tensor:
-        """The encoder's state at each row's last token, (B, E); of a row without tokens, nothing to be used."""
-        return _entry(self.tokens["states"][0], self.length_B - 1)
+    @property
+    def seen_BS(self) -> Tensor:
+        """What the detector looks at, of each token (see `dlcm.boundary`)."""
+        return self.tokens["ends_word" if self.config.segmenter == "words" else "states"][0]
+
+    def last_seen(self) -> Tensor:
+        """The same of each row's last token, (B, ..); of a row without tokens, nothing to be used."""
+        return _entry(self.seen_BS, self.length_B - 1)
 
     def last_concept(self) -> Tensor:
         """Each row's last concept, (B, C); of a row without concepts, nothing to be used."""

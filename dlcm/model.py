@@ -46,7 +46,7 @@ class DLCMOutput(ModelOutput):
         loss: ce_loss + aux_loss_weight * aux_loss, if labels were given.
         logits: (B, L, V), unless declined.
         ce_loss: next-token cross-entropy in nats.
-        aux_loss: ratio loss of the Global Parser (Eq. 10); zero for fixed boundaries.
+        aux_loss: ratio loss of the Global Parser (Eq. 10); zero where no probability is learned ("fixed", "words").
         boundary_probs: (B, L), p_t.
         boundaries: (B, L) bool, b_t.
         concept_lengths: (M,) tokens in each concept, document after document.
@@ -164,7 +164,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
 
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
-        decided: Boundaries = self.detector(h_TE, tokens, generator)
+        decided: Boundaries = self.detector(self.detector.seen(input_ids_T, h_TE), tokens, generator)
         h_TE, layout = self.through_concepts(h_TE, decided, tokens)
         h_TE = self.decoder_norm(h_TE)
         logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits, logits_to_keep)
@@ -227,8 +227,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     def extend(self, input_ids_T: Tensor, new: Extension, cache: ConceptCache) -> tuple[Tensor, Boundaries]:
         where, tokens, row_D = Appending(new), new.layout, new.row_D
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens, cache.stack("encoder", cache.tokens, where))
-        decided = self.detector(h_TE, tokens, None, cache.last_state()[row_D])
-        where.write(cache.tokens["states"][0], h_TE)
+        decided = self._decide(input_ids_T, h_TE, where, cache.last_seen()[row_D], cache)
 
         past_D = cache.concepts_B[row_D]
         segments = ClosedSegments.from_boundaries(new, decided.boundary_T, self.config.visibility)
@@ -253,6 +252,16 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         h_TE, _ = super().extend_by_nothing()
         probability_T = h_TE.new_zeros(0, dtype=torch.promote_types(h_TE.dtype, torch.float32))
         return h_TE, Boundaries(probability_T, probability_T.bool())
+
+    def _decide(
+        self, input_ids_T: Tensor, h_TE: Tensor, where: Appending | Stepping, past_D: Tensor, cache: ConceptCache
+    ) -> Boundaries:
+        """Boundaries behind a past, and what later ones and `crop` need of these tokens into the cache."""
+        seen_T = self.detector.seen(input_ids_T, h_TE)
+        where.write(cache.tokens["states"][0], h_TE)
+        if seen_T is not h_TE:
+            where.write(cache.seen_BS, seen_T)
+        return self.detector(seen_T, where.layout, None, past_D)
 
     def _segment_sums(
         self, h_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache
@@ -282,8 +291,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         where = Stepping.of(cache.length_B, active_B, cache.tokens)
         past = cache.stack("encoder", cache.tokens, where)
         h_BE = self.encoder(self.embed_tokens(input_ids_B), where.layout, past)
-        decided = self.detector(h_BE, where.layout, None, cache.last_state())
-        where.write(cache.tokens["states"][0], h_BE)
+        decided = self._decide(input_ids_B, h_BE, where, cache.last_seen(), cache)
         decided = Boundaries(decided.probability_T.masked_fill(~active_B, 0), decided.boundary_T & active_B)
 
         lag = CLOSING_LAG[self.config.visibility]
@@ -343,7 +351,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         """
         input_ids_T, _, tokens = self.open_rows(input_ids, None, cu_seqlens, max_seqlen)
         h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
-        return ParserStatistics.of(self.detector(h_TE, tokens, generator), tokens)
+        return ParserStatistics.of(self.detector(self.detector.seen(input_ids_T, h_TE), tokens, generator), tokens)
 
     def set_sharpening(self, sharpening: float) -> None:
         """Sets the sharpness of the training-time draw, for schedules.
@@ -363,7 +371,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         total: ParserStatistics | RunningStatistics | None,
         averaged: bool,
     ) -> Tensor:
-        if self.config.segmenter == "fixed":
+        if not self.config.has_ratio_loss:
             return decided.probability_T.new_zeros(())
         if isinstance(total, RunningStatistics):
             total = total.next(own)

@@ -42,6 +42,7 @@ settings.load_profile("dlcm")
 torch.set_num_threads(1)  # for matrices this small, threads only cost
 
 VOCABULARY = 23
+WORD_ENDS = list(range(0, VOCABULARY, 2))  # for segmenter="words"
 PATIENCE = 240  # seconds for what two processes do together
 
 
@@ -64,6 +65,8 @@ def tiny_config(**overrides: Any) -> DLCMConfig:
         "max_position_embeddings": 64,
         "mup_base_width": 8,
     }
+    if overrides.get("segmenter") == "words":
+        fields["word_end_ids"] = WORD_ENDS
     return DLCMConfig(**fields | overrides)
 
 

@@ -31,6 +31,7 @@ FROM_TOKENIZER = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "word_end_ids",
 )  # model fields that are not the run's to choose
 
 MIXTURE = "data.mixture"  # whose keys are names that the user chooses

@@ -85,7 +85,7 @@ from train.step import (
     update_parameters,
     uses_bf16,
 )
-from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash
+from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash, word_end_ids
 from train.utilisation import UtilisationError, datasheet_peak, measured_peak, utilisation
 
 WARM_UP_STEPS = 3  # after which a training step compiles nothing more
@@ -316,6 +316,7 @@ def final_model_config(
 
     Raises:
         DataError: the data have more token ids than the model's vocabulary.
+        TokenizerError: words are asked for, and it does not say what bytes its tokens stand for.
     """
     config = build_model_config(run)
     if shards.vocab_size > config.vocab_size:
@@ -325,6 +326,8 @@ def final_model_config(
         )
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    if isinstance(config, DLCMConfig) and config.segmenter == "words":
+        config.word_end_ids = word_end_ids(tokenizer)
     return config
 
 
@@ -332,7 +335,7 @@ def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTra
     """The model at its initialisation, which depends on the run's seed alone, on the CPU.
 
     Raises:
-        DataError: see `final_model_config`.
+        DataError, TokenizerError: see `final_model_config`.
     """
     config = final_model_config(run, shards, tokenizer)
     torch.manual_seed(run.seed)

@@ -40,6 +40,7 @@ OPTIONS += [
         {"qk_norm": True, "d_scan": 8},
         {"threshold": 1e-9},  # every token is a boundary
         {"threshold": 1 - 1e-9},  # none but the first is
+        {"segmenter": "words"},
     )
 ]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]

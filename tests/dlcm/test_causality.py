@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dlcm import DLCMForCausalLM
+from dlcm.boundary import Boundaries, WordDetector
 from dlcm.concepts import AdjacentSmoothing, ConceptPooling
 from dlcm.layout import ConceptLayout
 from dlcm.model import DLCMOutput
@@ -37,10 +38,15 @@ OPTIONS = [
         ["learned", "rule", "fixed"], ["closed", "inclusive"], ["adjacent", "none"], [True, False]
     )
 ]
-# The rest change one thing at a time.
+# The rest change one thing at a time, at both visibilities where it depends on them.
 DEFAULTS = {"segmenter": "learned", "visibility": "closed", "smoothing": "adjacent", "cross_attention_rope": True}
 OPTIONS += [
     DEFAULTS | other for other in ({"qk_norm": True}, {"d_scan": 8}, {"threshold": 0.45}, {"slot_weighting": "uniform"})
+]
+OPTIONS += [
+    DEFAULTS | {"visibility": visibility} | other
+    for visibility in ("closed", "inclusive")
+    for other in ({"segmenter": "words"},)
 ]
 
 
@@ -160,10 +166,11 @@ def test_no_future_in_the_baseline(arrangement: Arrangement):
     check()
 
 
+@pytest.mark.parametrize("segmenter", ["learned", "words"])
 @pytest.mark.parametrize("visibility", ["closed", "inclusive"])
-def test_a_document_cut_short_keeps_its_logits(visibility: str):
+def test_a_document_cut_short_keeps_its_logits(visibility: str, segmenter: str):
     """Nothing depends on how long a document will be: the form in which generation meets causality."""
-    model = tiny_dlcm(3, visibility=visibility)
+    model = tiny_dlcm(3, visibility=visibility, segmenter=segmenter)
     (document,) = random_documents([16], seed=3)
     with torch.no_grad():
         whole = model(document[None])
@@ -233,6 +240,17 @@ def test_catches_a_pool_that_reaches_into_the_next_segment(monkeypatch: pytest.M
 
     monkeypatch.setattr(ConceptPooling, "forward", reaching)
     assert largest_change({"visibility": "inclusive"}) > 1e-3
+
+
+def test_catches_words_that_end_where_only_the_next_token_tells(monkeypatch: pytest.MonkeyPatch):
+    """The run of spaces closes on its own last token, which nobody knows before the token after it."""
+
+    def looking_ahead(self, ends_word_T, tokens, generator=None, past_D=None):
+        last_of_run_T = ends_word_T & ~(ends_word_T.roll(-1) & ~tokens.is_first_T.roll(-1))
+        return Boundaries(last_of_run_T.float(), last_of_run_T | tokens.is_first_T)
+
+    monkeypatch.setattr(WordDetector, "forward", looking_ahead)
+    assert largest_change({"segmenter": "words", "visibility": "inclusive"}) > 1e-3
 
 
 def test_catches_a_boundary_that_waits_for_the_next_token(monkeypatch: pytest.MonkeyPatch):

@@ -35,6 +35,7 @@ from train.checkpoint import (
     TrainingState,
     has_checkpoints,
     latest_checkpoint,
+    load_model_config,
     load_state,
     verify_checkpoint,
 )
@@ -45,7 +46,7 @@ from train.evaluate import evaluate
 from train.metrics import WALL_CLOCK, read_metrics
 from train.pretrain import build_model, check_continues, main, open_shards
 from train.step import CE, StepSums, forward_backward, mean_losses
-from train.tokenizer import load_tokenizer
+from train.tokenizer import byte_tokenizer, load_tokenizer, word_end_ids
 
 ARCHITECTURES = list(MODELS)
 
@@ -561,13 +562,16 @@ def test_compiling_without_a_compiler_is_refused(
 # --- the numbers ---
 
 
-def test_logged_numbers_are_consistent(data: Path, tmp_path: Path):
+@pytest.mark.parametrize("segmenter", ["fixed", "words"])
+def test_logged_numbers_are_consistent(data: Path, tmp_path: Path, segmenter: str):
     run_dir = tmp_path / "run"
     without_detector = {"optimizer": {"lr_boundary": None}, "schedule": {"sharpening_final": None}}
     config = write_config(
-        tmp_path / "run.yaml", "dlcm", data, run_dir, model={"segmenter": "fixed"}, **without_detector
+        tmp_path / "run.yaml", "dlcm", data, run_dir, model={"segmenter": segmenter}, **without_detector
     )
     assert main([str(config)]) == 0
+    saved = load_model_config(latest_checkpoint(run_dir))
+    assert saved.word_end_ids == (word_end_ids(byte_tokenizer()) if segmenter == "words" else None)
     lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
     assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 9)]
     assert [line["step"] for line in lines] == list(range(1, 9))
