@@ -2,7 +2,8 @@
 
     tokens     keys and values of encoder and decoder (of all blocks, for the baseline), and encoder states
     concepts   keys and values of the backbone, and what it made of each concept, before smoothing
-    slots      keys and values of cross-attention, how many tokens had each slot as their newest, where it ended
+    slots      keys and values of cross-attention, how many tokens had each slot as their newest, where it ended;
+               what is injected of it, if so configured
     open       the segment that no boundary has closed yet: the sum of its states, and how many they are
 
 So tokens cost what the token-level blocks cost, and concepts are paid for once in R tokens. Encoder states and concepts
@@ -379,6 +380,8 @@ class ConceptCache(DecodingCache):
         self.slots.add_stack("cross", like, token_block_shape(config), 1, product_dtype)
         self.slots.add("count", like, (), torch.int32)
         self.slots.add("end", like, (), torch.int32)
+        if config.injection != "off":
+            self.slots.add("injected", like, (config.d_token,), dtype)
         self.concepts_B = torch.zeros_like(like)
         self.open_count_B = torch.zeros_like(like)
         wide = torch.promote_types(dtype, torch.float32)
@@ -409,6 +412,10 @@ class ConceptCache(DecodingCache):
     def last_concept(self) -> Tensor:
         """Each row's last concept, (B, C); of a row without concepts, nothing to be used."""
         return _entry(self.concepts["reasoned"][0], self.concepts_B - 1)
+
+    def newest_injected(self) -> Tensor:
+        """What is injected of each row's newest slot, (B, E)."""
+        return _entry(self.slots["injected"][0], self.concepts_B)
 
     def slots_seen(self, new: Extension, entry_T: Tensor) -> tuple[Tensor, Tensor, CachedSlots]:
         """Keys and values of all slots of the rows that have new tokens, packed, and who sees which.

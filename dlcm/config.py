@@ -24,6 +24,7 @@ ParserScope = Literal["global", "sequence"]
 AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen", "sdpa"]
 CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
 SlotWeighting = Literal["replication", "uniform"]
+Injection = Literal["off", "first", "every"]
 
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -146,6 +147,11 @@ class DLCMConfig(TokenBlocksConfig):
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
     cross_attention_backend: CrossAttentionBackend = "auto"  # see cross_attention.py
     slot_weighting: SlotWeighting = "replication"  # a concept counts once per token (Eq. 17), or "uniform" (Eq. 14)
+
+    injection: Injection = "off"  # of the newest visible concept before the first or every decoder layer
+    # A norm at the encoder's end and a projection beside the skip connection to the decoder; this one and what
+    # cross-attention adds begin at zero, so that the model begins as its encoder and decoder alone.
+    clean_start: bool = False
 
     aux_loss_weight: float = 0.03  # lambda
     parser_scope: ParserScope = "global"  # statistics of the ratio loss; "sequence" is the ablation

@@ -41,6 +41,9 @@ OPTIONS += [
         {"threshold": 1e-9},  # every token is a boundary
         {"threshold": 1 - 1e-9},  # none but the first is
         {"segmenter": "words"},
+        {"injection": "every"},
+        {"clean_start": True},
+        {"segmenter": "words", "injection": "first", "clean_start": True},
     )
 ]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]

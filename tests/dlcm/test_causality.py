@@ -46,7 +46,12 @@ OPTIONS += [
 OPTIONS += [
     DEFAULTS | {"visibility": visibility} | other
     for visibility in ("closed", "inclusive")
-    for other in ({"segmenter": "words"},)
+    for other in (
+        {"segmenter": "words"},
+        {"injection": "every"},
+        {"clean_start": True},
+        {"segmenter": "words", "injection": "first", "clean_start": True},
+    )
 ]
 
 
@@ -127,7 +132,7 @@ def change_before(
 
 def name_of(options: dict[str, Any]) -> str:
     rope = "rope" if options["cross_attention_rope"] else "norope"
-    rest = "".join(f"-{key}" for key in options if key not in DEFAULTS)
+    rest = "".join(f"-{key}-{value}" for key, value in options.items() if key not in DEFAULTS)
     return f"{options['segmenter']}-{options['visibility']}-{options['smoothing']}-{rope}{rest}"
 
 
@@ -178,6 +183,18 @@ def test_a_document_cut_short_keeps_its_logits(visibility: str, segmenter: str):
             prefix = model(document[None, :length])
             torch.testing.assert_close(prefix.logits, whole.logits[:, :length], rtol=0, atol=TOLERANCE)
             assert torch.equal(prefix.boundaries, whole.boundaries[:, :length])
+
+
+def test_catches_an_injection_of_the_slot_that_is_still_open(monkeypatch: pytest.MonkeyPatch):
+    """Cross-attention as it should be, the injection one slot too new."""
+    through = DLCMForCausalLM.through_decoder
+
+    def one_more(self, h_TE, tokens, newest_TE, past=None):
+        last_T = tokens.is_first_T.roll(-1)
+        return through(self, h_TE, tokens, torch.where(last_T[:, None], newest_TE, newest_TE.roll(-1, 0)), past)
+
+    monkeypatch.setattr(DLCMForCausalLM, "through_decoder", one_more)
+    assert largest_change({"injection": "first"}) > 1e-3
 
 
 def largest_change(options: dict[str, Any], arrangement: Arrangement = "packed") -> float:

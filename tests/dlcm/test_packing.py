@@ -30,6 +30,7 @@ OPTIONS = [
     )
 ]
 OPTIONS += [{"segmenter": "words", "visibility": visibility} for visibility in ("closed", "inclusive")]
+OPTIONS += [{"injection": "every", "visibility": "closed"}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 
 
