@@ -22,11 +22,14 @@ demo: $(VENV)/installed
 	$(PY) -m train.pretrain configs/demo/llama.yaml
 	$(PY) -m eval.compare $(DEMO)/dlcm $(DEMO)/llama
 
-# Days of a GPU: docs/headline_protocol.md. CORPUS is the text that train.corpus builds.
+# Days of a GPU: docs/headline_protocol.md.
 HEADLINE := runs/headline
 CORPUS := runs/corpus
 SWEEPS := first rates-llama rates-dlcm ablations trend seeds
-reproduce-headline: $(VENV)/installed
+$(CORPUS)/manifest.json: | $(VENV)/installed
+	$(PY) -m train.corpus --output $(CORPUS)
+
+reproduce-headline: $(VENV)/installed $(CORPUS)/manifest.json
 	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bytes/data --tokenizer byte --validation-fraction 0.005
 	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bpe/data --tokenizer bpe:16384 --validation-fraction 0.005
 	set -e; for kind in bytes bpe; do for sweep in $(SWEEPS); do \
