@@ -26,6 +26,7 @@ from tests.conftest import (
     Arrangement,
     arrange,
     random_documents,
+    random_options,
     tiny_baseline,
     tiny_dlcm,
     trained_scale_,
@@ -153,6 +154,20 @@ def test_no_future(options: dict[str, Any], arrangement: Arrangement, training: 
     assert evidence.future_logit_change > 0.1, "the replaced tokens changed nothing: the test is vacuous"
     assert 0.2 < evidence.boundary_rate < 0.8, "boundaries hardly vary: the test is vacuous"
     assert (evidence.concept_count_changes > 0) == (options["segmenter"] != "fixed")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_no_future_in_any_combination_of_options(training: bool):
+    evidence = Evidence()
+
+    @settings(max_examples=60)
+    @given(cases("packed"))
+    def check(case: Case):
+        model = tiny_dlcm(case.seed, **random_options(case.seed), sharpening=6.0).train(training)
+        assert change_before(model, case, "packed", evidence) < TOLERANCE
+
+    check()
+    assert evidence.future_logit_change > 0.1 and evidence.concept_count_changes > 5
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
