@@ -97,6 +97,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal.
 
     Attributes:
+        target_ratio: R of the ratio loss, for schedules; the configuration's unless set.
         concept_rooms: how much room concepts are given, and whether the host waits to know (see `dlcm.compilation`).
     """
 
@@ -122,6 +123,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.decoder = TransformerStack(token_shape, config.decoder_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
+        self.target_ratio = config.target_ratio
         self.concept_rooms = ConceptRooms()
         self.post_init()
 
@@ -421,5 +423,5 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         if averaged and self.training and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
         return global_parser_loss(
-            decided, tokens, self.config.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
+            decided, tokens, self.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
         )

@@ -48,6 +48,7 @@ IDEAS = {
     "interface": "every token a concept of its own width: the tax of the interface",
     "clean": "the paper's recipe with a clean start",
     "heavy": "most layers at token level, one width, a clean start",
+    "anneal": "most layers at token level, R falling from 8 to 4 in training",
     "half": "R = 2, concepts sqrt(2) as wide, a clean start",
     "words": "boundaries at word ends, seen at once, a clean start",
     "inject": "and the newest concept before every decoder layer",

@@ -66,7 +66,7 @@ from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.parallel import check_parallel, distribute
 from train.saving import CheckpointSaver
-from train.schedule import learning_rate_factor, sharpening
+from train.schedule import learning_rate_factor, sharpening, target_ratio
 from train.signals import StopRequests
 from train.spikes import SpikeRule
 from train.step import (
@@ -200,6 +200,8 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 group["lr"] = rate_factor * peak
             if isinstance(model, DLCMForCausalLM) and model.config.segmenter == "learned":
                 model.set_sharpening(sharpening(step, model.config.sharpening, run.schedule))
+            if isinstance(model, DLCMForCausalLM):
+                model.target_ratio = target_ratio(step, model.config.target_ratio, run.schedule)
 
             batches = [loader.batch(step, micro).to(device) for micro in range(run.batch.accumulation)]
             sums = forward_backward(run, parallel, batches, step, ranks)

@@ -281,7 +281,7 @@ def mean_losses(sums: StepSums, model: Model) -> dict[str, float]:
     aux = sums.aux  # shares, that add up
     if model.config.has_ratio_loss and model.config.parser_scope == "global":
         f, g = torch.tensor([sums.boundaries, sums.probability], dtype=torch.float64) / sums.tokens
-        aux = float(ratio_loss(f, g, model.config.target_ratio))
+        aux = float(ratio_loss(f, g, model.target_ratio))
     return {"loss": sums.ce + model.config.aux_loss_weight * aux, **ce, "aux": aux}
 
 

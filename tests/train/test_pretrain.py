@@ -27,6 +27,7 @@ import train.step as step_module
 from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
+from dlcm.global_parser import ratio_loss
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import (
     KINDS,
@@ -584,6 +585,19 @@ def test_logged_numbers_are_consistent(data: Path, tmp_path: Path, segmenter: st
     upper = 3 * forward_flops(model_config, 32, 1.0).total * 128
     lower = 3 * forward_flops(model_config, 1, 32.0).total * 128
     assert 8 * lower < lines[-1]["flops"] < 8 * upper
+
+
+def test_the_ratio_loss_follows_a_target_that_moves(data: Path, tmp_path: Path):
+    """Each logged loss is Eq. 10 at the target of its step; after the decay's start it is the model's."""
+    schedule = {"target_ratio_initial": 9.0, "steps": 8, "decay_fraction": 0.25}
+    config = write_config(tmp_path / "run.yaml", "dlcm", data, tmp_path / "run", schedule=schedule)
+    assert main([str(config)]) == 0
+    targets = []
+    for line in [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]:
+        f, g = (torch.tensor(line[name], dtype=torch.float64) for name in ("boundary_rate", "mean_probability"))
+        targets.append(9.0 * (3 / 9) ** min(1, (line["step"] - 1) / 6))
+        assert line["aux"] == pytest.approx(float(ratio_loss(f, g, targets[-1])), abs=1e-6)
+    assert targets[0] == 9 and targets[-2:] == pytest.approx([3, 3])
 
 
 def test_utilisation_is_of_what_the_model_needs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
