@@ -29,7 +29,7 @@ from train.sweep import SweptRun, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "headline"
 SWEEPS = ("first", "rates-llama", "rates-dlcm", "ablations", "trend", "seeds")
-RATIOS = {"words": 6.1, "inject": 6.1, "stale": 6.1, "stride": 6.1, "learned": 6.0, "interface": 1.0, "half": 2.0}
+RATIOS = {"words": 6.0, "inject": 6.0, "stale": 6.0, "stride": 6.0, "learned": 6.0, "interface": 1.0, "half": 2.0}
 
 
 def bits(run: SweptRun, kind: str) -> float:
