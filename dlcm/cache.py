@@ -414,7 +414,7 @@ class ConceptCache(DecodingCache):
         return _entry(self.concepts["reasoned"][0], self.concepts_B - 1)
 
     def newest_injected(self) -> Tensor:
-        """What is injected of each row's newest slot, (B, E)."""
+        """What is injected of each row's newest concept, (B, E); 0, as slot 0 always is, where there is none yet."""
         return _entry(self.slots["injected"][0], self.concepts_B)
 
     def slots_seen(self, new: Extension, entry_T: Tensor) -> tuple[Tensor, Tensor, CachedSlots]:

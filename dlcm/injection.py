@@ -18,7 +18,7 @@ def injections(config: DLCMConfig) -> int:
 
 
 class Injection(nn.Module):
-    """x_t + gate_l * norm(W_up s_t), s_t being the newest slot that token t sees; "no concept yet" is one, too."""
+    """x_t + gate_l * norm(W_up z_t), z_t being the newest concept that token t sees; x_t where there is none yet."""
 
     def __init__(self, config: DLCMConfig):
         super().__init__()
@@ -26,12 +26,12 @@ class Injection(nn.Module):
         self.up_proj = nn.Linear(config.d_concept, config.d_token, bias=False)
         self.gate = nn.Parameter(torch.zeros(injections(config), config.d_token))
 
-    def forward(self, slots_SC: Tensor) -> Tensor:
-        """norm(W_up s), (S, C) to (S, E), in fp32 or wider: gradients of a slot are sums over its tokens."""
-        projected_SE = self.up_proj(slots_SC)
-        wide = torch.promote_types(projected_SE.dtype, torch.float32)
-        return F.rms_norm(projected_SE.to(wide), projected_SE.shape[-1:], eps=self.eps)
+    def forward(self, z_MC: Tensor) -> Tensor:
+        """norm(W_up z), (M, C) to (M, E), in fp32 or wider: gradients of a concept are sums over its tokens."""
+        projected_ME = self.up_proj(z_MC)
+        wide = torch.promote_types(projected_ME.dtype, torch.float32)
+        return F.rms_norm(projected_ME.to(wide), projected_ME.shape[-1:], eps=self.eps)
 
     def enter(self, newest_TE: Tensor, layer: int, x_TE: Tensor) -> Tensor:
-        """What a decoder layer gets: the residual stream, with what `forward` made of each token's newest slot."""
+        """What a decoder layer gets: the residual stream, with what `forward` made of each token's newest concept."""
         return x_TE + self.gate[layer] * newest_TE if layer < len(self.gate) else x_TE

@@ -230,14 +230,15 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         h_TE = self.cross_attention(h_TE, z_MC, layout)
         newest_TE = None
         if self.injection is not None:
-            slots_SC = self.cross_attention.slots(z_MC, layout)
-            newest_TE = self.injection(slots_SC).index_select(0, layout.slot_T)
+            injected_ME = self.injection(z_MC)
+            injected_SE = injected_ME.new_zeros(layout.num_slots, injected_ME.shape[1])
+            newest_TE = injected_SE.index_copy(0, layout.slot_M, injected_ME).index_select(0, layout.slot_T)
         return self.through_decoder(h_TE, layout.tokens, newest_TE)
 
     def through_decoder(
         self, h_TE: Tensor, tokens: PackedLayout, newest_TE: Tensor | None, past: Sequence[LayerPast] | None = None
     ) -> Tensor:
-        """The decoder, and what is injected of the newest slot that each token sees."""
+        """The decoder, and what is injected of the newest concept that each token sees."""
         if self.injection is None or newest_TE is None:
             return self.decoder(h_TE, tokens, past)
         return self.decoder(h_TE, tokens, past, partial(self.injection.enter, newest_TE))
@@ -255,8 +256,6 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         nowhere_1 = torch.zeros(1, dtype=torch.long, device=cache.length_B.device)
         k_1KN, v_1KN = cross.keys_and_values(cross.null_slot[None], cross.rope(nowhere_1))
         cache.slots["cross_keys"][0][:, 0], cache.slots["cross_values"][0][:, 0] = k_1KN, v_1KN
-        if self.injection is not None:
-            cache.slots["injected"][0][:, 0] = self.injection(cross.null_slot[None])
 
     def extend(self, input_ids_T: Tensor, new: Extension, cache: ConceptCache) -> tuple[Tensor, Boundaries]:
         where, tokens, row_D = Appending(new), new.layout, new.row_D

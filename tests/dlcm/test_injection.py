@@ -14,13 +14,13 @@ def logits(model, ids_BL):
 
 def test_what_is_injected_is_the_newest_concept_normed():
     model = tiny_dlcm(1, injection="every", decoder_layers=3, segmenter="fixed", target_ratio=3.0)
-    injection, slots_SC = model.injection, torch.randn(5, 24, dtype=torch.float64)
-    normed_SE = injection(slots_SC)
-    torch.testing.assert_close(normed_SE.square().mean(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-3)
+    injection, z_MC = model.injection, torch.randn(5, 24, dtype=torch.float64)
+    normed_ME = injection(z_MC)
+    torch.testing.assert_close(normed_ME.square().mean(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-3)
     x_TE = torch.randn(5, 16, dtype=torch.float64)
     for layer in range(3):
-        expected = x_TE + injection.gate[layer] * normed_SE
-        torch.testing.assert_close(injection.enter(normed_SE, layer, x_TE), expected)
+        expected = x_TE + injection.gate[layer] * normed_ME
+        torch.testing.assert_close(injection.enter(normed_ME, layer, x_TE), expected)
 
 
 @pytest.mark.parametrize(("injection", "layers"), [("first", 1), ("every", 3)])
@@ -53,9 +53,10 @@ def test_tokens_get_the_newest_slot_that_they_see(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model.through_concepts_of(layout, h_TE, h_TE)
         z_MC = model.smooth(model.backbone(model.pooling(h_TE, layout), layout.concepts), layout.concepts)
-        null, concepts = model.injection(model.cross_attention.null_slot[None]), model.injection(z_MC)
-    # "no concept yet" for three tokens of each document, then c0, c1; the second document's concepts are c3 and c4
-    expected = [null[0]] * 3 + [concepts[0]] * 3 + [concepts[1]] + [null[0]] * 3 + [concepts[3]] * 2
+        concepts = model.injection(z_MC)
+    # none yet for three tokens of each document, then c0, c1; the second document's concepts are c3 and c4
+    none = torch.zeros(16, dtype=torch.float64)
+    expected = [none] * 3 + [concepts[0]] * 3 + [concepts[1]] + [none] * 3 + [concepts[3]] * 2
     torch.testing.assert_close(found[0], torch.stack(expected))
 
 
