@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types clean reproduce-headline
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt pyproject.toml
@@ -21,6 +21,20 @@ demo: $(VENV)/installed
 	$(PY) -m train.pretrain configs/demo/dlcm.yaml
 	$(PY) -m train.pretrain configs/demo/llama.yaml
 	$(PY) -m eval.compare $(DEMO)/dlcm $(DEMO)/llama
+
+# Days of a GPU: docs/headline_protocol.md.
+HEADLINE := runs/headline
+CORPUS := runs/corpus
+SWEEPS := first rates-llama rates-dlcm ablations trend seeds
+$(CORPUS)/manifest.json: | $(VENV)/installed
+	$(PY) -m train.corpus --output $(CORPUS)
+
+reproduce-headline: $(VENV)/installed $(CORPUS)/manifest.json
+	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bytes/data --tokenizer byte --validation-fraction 0.005
+	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bpe/data --tokenizer bpe:16384 --validation-fraction 0.005
+	set -e; for kind in bytes bpe; do for sweep in $(SWEEPS); do \
+	  $(PY) -m train.sweep configs/headline/$$kind/$$sweep.yaml; done; done
+	$(PY) -m eval.headline $(HEADLINE)
 
 test: $(VENV)/installed
 	$(PY) -m pytest -n 2 -q tests

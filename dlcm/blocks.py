@@ -5,7 +5,7 @@ the baseline uses nothing else. T stands for whatever is packed: tokens or conce
 width, H / K the query / key-value heads, N the head dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -173,10 +173,25 @@ class TransformerStack(nn.Module):
         self.shape = shape
         self.layers = nn.ModuleList(Block(shape) for _ in range(num_layers))
 
-    def forward(self, x_TW: Tensor, layout: PackedLayout, past: Sequence[LayerPast] | None = None) -> Tensor:
-        """(T, W) to (T, W); with a `past` of each layer, `layout` goes on from there."""
+    def forward(
+        self,
+        x_TW: Tensor,
+        layout: PackedLayout,
+        past: Sequence[LayerPast] | None = None,
+        enter: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """(T, W) to (T, W).
+
+        Args:
+            x_TW: the residual stream.
+            layout: the documents; with a past, it goes on from there.
+            past: of each layer.
+            enter: makes of a layer's number and the residual stream before it what that layer gets.
+        """
         rope = self.rope(layout.position_T)
         for index, layer in enumerate(self.layers):
+            if enter is not None:
+                x_TW = enter(index, x_TW)
             if past is not None:
                 x_TW = layer(x_TW, rope, layout, past[index])
             elif self.recompute:

@@ -7,6 +7,7 @@ through the ratio loss on p alone (see global_parser.py).
     learned  p from projections W_q, W_k; sharpened Bernoulli draw in training, threshold at inference
     rule     p from the encoder states themselves, threshold always (section 8.1)
     fixed    every R tokens; the control
+    words    where runs of spaces and punctuation begin or end, a rule on the tokens themselves
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlcm.config import DLCMConfig
+from dlcm.config import DLCMConfig, Visibility
 from dlcm.layout import PackedLayout
 
 
@@ -57,6 +58,10 @@ class CosineDetector(nn.Module):
     def __init__(self, config: DLCMConfig):
         super().__init__()
         self.threshold = config.threshold
+
+    def seen(self, input_ids_T: Tensor, h_TE: Tensor) -> Tensor:
+        """What decides, of each token and the one before."""
+        return h_TE
 
     def score(self, h_TE: Tensor, tokens: PackedLayout, past_DE: Tensor | None = None) -> Tensor:
         """p_t; a document's tokens may have others before them, of which `past_DE` is the last one's state."""
@@ -112,6 +117,9 @@ class FixedDetector(nn.Module):
         super().__init__()
         self.ratio = config.target_ratio
 
+    def seen(self, input_ids_T: Tensor, h_TE: Tensor) -> Tensor:
+        return h_TE
+
     def forward(
         self,
         h_TE: Tensor,
@@ -125,5 +133,55 @@ class FixedDetector(nn.Module):
         return Boundaries(boundary_T.to(dtype), boundary_T)
 
 
-Detector = LearnedDetector | RuleDetector | FixedDetector
-DETECTORS: dict[str, type[Detector]] = {"learned": LearnedDetector, "rule": RuleDetector, "fixed": FixedDetector}
+class WordDetector(nn.Module):
+    """Segments end where words do; probabilities are 0 or 1.
+
+    Some tokens end words: spaces, punctuation. Of a run of them, its first token tells that it has begun, and the token
+    after it that it has ended; nobody knows earlier. So with the one boundary that each visibility can use, the newest
+    word is seen from its first space on (`inclusive`), or from the next word on, with all of the run in it (`closed`):
+
+        inclusive   w o r d , | _ n e x t
+        closed      w o r d , _ | n e x t
+
+    Raises:
+        ValueError: the configuration does not say which tokens end words.
+    """
+
+    def __init__(self, config: DLCMConfig):
+        super().__init__()
+        if config.word_end_ids is None:
+            raise ValueError(
+                "segmenter='words' needs word_end_ids, which training takes from the tokenizer: "
+                "train.tokenizer.word_end_ids(tokenizer)"
+            )
+        self.visibility: Visibility = config.visibility
+        # No buffer: it follows from the configuration, whatever weights are loaded.
+        ends_word_V = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
+        self._ends_word_V = ends_word_V.index_fill(0, torch.tensor(config.word_end_ids, device="cpu"), True)
+
+    def seen(self, input_ids_T: Tensor, h_TE: Tensor) -> Tensor:
+        """Whether each token ends a word, (T,) bool."""
+        if self._ends_word_V.device != input_ids_T.device:  # once
+            self._ends_word_V = self._ends_word_V.to(input_ids_T.device)
+        return self._ends_word_V[input_ids_T]
+
+    def forward(
+        self,
+        ends_word_T: Tensor,
+        tokens: PackedLayout,
+        generator: torch.Generator | None = None,
+        past_D: Tensor | None = None,
+    ) -> Boundaries:
+        before_T = tokens.previous(ends_word_T, past_D)
+        begins_T, ended_T = ends_word_T & ~before_T, before_T & ~ends_word_T
+        boundary_T = tokens.is_first_T | (begins_T if self.visibility == "inclusive" else ended_T)
+        return Boundaries(boundary_T.float(), boundary_T)
+
+
+Detector = LearnedDetector | RuleDetector | FixedDetector | WordDetector
+DETECTORS: dict[str, type[Detector]] = {
+    "learned": LearnedDetector,
+    "rule": RuleDetector,
+    "fixed": FixedDetector,
+    "words": WordDetector,
+}

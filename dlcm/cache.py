@@ -2,7 +2,8 @@
 
     tokens     keys and values of encoder and decoder (of all blocks, for the baseline), and encoder states
     concepts   keys and values of the backbone, and what it made of each concept, before smoothing
-    slots      keys and values of cross-attention, how many tokens had each slot as their newest, where it ended
+    slots      keys and values of cross-attention, how many tokens had each slot as their newest, where it ended;
+               what is injected of it, if so configured
     open       the segment that no boundary has closed yet: the sum of its states, and how many they are
 
 So tokens cost what the token-level blocks cost, and concepts are paid for once in R tokens. Encoder states and concepts
@@ -384,11 +385,15 @@ class ConceptCache(DecodingCache):
         super()._begin_rows(dtype, product_dtype)
         config, like = self.config, self.length_B
         self.tokens.add("states", like, (config.d_token,), dtype)
+        if config.segmenter == "words":
+            self.tokens.add("ends_word", like, (), torch.bool)
         self.concepts.add_stack("backbone", like, concept_block_shape(config), config.backbone_layers, product_dtype)
         self.concepts.add("reasoned", like, (config.d_concept,), dtype)
         self.slots.add_stack("cross", like, token_block_shape(config), 1, product_dtype)
         self.slots.add("count", like, (), torch.int32)
         self.slots.add("end", like, (), torch.int32)
+        if config.injection != "off":
+            self.slots.add("injected", like, (config.d_token,), dtype)
         self.concepts_B = torch.zeros_like(like)
         self.open_count_B = torch.zeros_like(like)
         wide = torch.promote_types(dtype, torch.float32)
@@ -418,13 +423,22 @@ class ConceptCache(DecodingCache):
         if self.slots.entries <= self.concepts.entries:
             self.slots.reserve(self.concepts.entries + 1)
 
-    def last_state(self) -> Tensor:
-        """The encoder's state at each row's last token, (B, E); of a row without tokens, nothing to be used."""
-        return _entry(self.tokens["states"][0], self.length_B - 1)
+    @property
+    def seen_BS(self) -> Tensor:
+        """What the detector looks at, of each token (see `dlcm.boundary`)."""
+        return self.tokens["ends_word" if self.config.segmenter == "words" else "states"][0]
+
+    def last_seen(self) -> Tensor:
+        """The same of each row's last token, (B, ..); of a row without tokens, nothing to be used."""
+        return _entry(self.seen_BS, self.length_B - 1)
 
     def last_concept(self) -> Tensor:
         """Each row's last concept, (B, C); of a row without concepts, nothing to be used."""
         return _entry(self.concepts["reasoned"][0], self.concepts_B - 1)
+
+    def newest_injected(self) -> Tensor:
+        """What is injected of each row's newest concept, (B, E); 0, as slot 0 always is, where there is none yet."""
+        return _entry(self.slots["injected"][0], self.concepts_B)
 
     def slots_seen(self, new: Extension, entry_T: Tensor) -> tuple[Tensor, Tensor, CachedSlots]:
         """Keys and values of all slots of the rows that have new tokens, packed, and who sees which.

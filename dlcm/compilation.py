@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dlcm.blocks import TransformerStack
-from dlcm.boundary import FixedDetector
+from dlcm.boundary import CosineDetector
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.cross_attention import CrossAttention
 from dlcm.layout import ConceptRooms, PackedLayout
@@ -131,7 +131,7 @@ def _regions(model: PackedCausalLM) -> Iterator[_Region]:
                 yield _Region(block, "before_attention", level, level == "concept")
                 yield _Region(block, "after_attention", level, level == "concept")
     if isinstance(model, DLCMForCausalLM):
-        if not isinstance(model.detector, FixedDetector):
+        if isinstance(model.detector, CosineDetector):
             yield _Region(model.detector, "score", "detector", by_document=True)
         yield _Region(model, "smooth", "model", varying_rows=True, by_document=True)
         yield _Region(model.cross_attention, "queries", "cross")

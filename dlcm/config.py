@@ -17,13 +17,14 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-Segmenter = Literal["learned", "rule", "fixed"]
+Segmenter = Literal["learned", "rule", "fixed", "words"]
 Visibility = Literal["closed", "inclusive"]
 Smoothing = Literal["adjacent", "none"]
 ParserScope = Literal["global", "sequence"]
 AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen", "sdpa"]
 CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
 SlotWeighting = Literal["replication", "uniform"]
+Injection = Literal["off", "first", "every"]
 
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -138,6 +139,7 @@ class DLCMConfig(TokenBlocksConfig):
     target_ratio: float = 4.0  # R, tokens per concept
     segmenter: Segmenter = "learned"  # how boundaries are found, see boundary.py
     d_scan: int | None = None  # width of the boundary queries and keys; None: d_token
+    word_end_ids: list[int] | None = None  # of spaces, punctuation, .. for segmenter="words"; the tokenizer decides
     threshold: float = 0.5  # a boundary where p >= threshold (learned: at inference; rule: always)
     sharpening: float = 1.0  # exponent on the odds of p before the training-time Bernoulli draw
     visibility: Visibility = "closed"  # which concepts a token sees, see ConceptLayout
@@ -145,6 +147,11 @@ class DLCMConfig(TokenBlocksConfig):
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
     cross_attention_backend: CrossAttentionBackend = "auto"  # see cross_attention.py
     slot_weighting: SlotWeighting = "replication"  # a concept counts once per token (Eq. 17), or "uniform" (Eq. 14)
+
+    injection: Injection = "off"  # of the newest visible concept before the first or every decoder layer
+    # A norm at the encoder's end and a projection beside the skip connection to the decoder; this one and what
+    # cross-attention adds begin at zero, so that the model begins as its encoder and decoder alone.
+    clean_start: bool = False
 
     aux_loss_weight: float = 0.03  # lambda
     parser_scope: ParserScope = "global"  # statistics of the ratio loss; "sequence" is the ablation
@@ -155,6 +162,11 @@ class DLCMConfig(TokenBlocksConfig):
         if self.d_scan is None:
             self.d_scan = self.d_token
         super().__post_init__(**kwargs)
+
+    @property
+    def has_ratio_loss(self) -> bool:
+        """Whether there are probabilities that Eq. 10 can move: the other segmenters obey a rule."""
+        return self.segmenter in ("learned", "rule")
 
     @property
     def scan_width(self) -> int:
@@ -172,10 +184,17 @@ class DLCMConfig(TokenBlocksConfig):
         _check_heads("concept", self.d_concept, self.concept_heads, self.concept_kv_heads)
         if not (math.isfinite(self.target_ratio) and self.target_ratio >= 1):
             raise ValueError(f"target_ratio={self.target_ratio} must be at least 1 token per concept")
-        if self.target_ratio == 1 and self.segmenter != "fixed":
+        if self.target_ratio == 1 and self.has_ratio_loss:
             raise ValueError(
                 f"target_ratio=1 needs segmenter='fixed': the ratio loss of '{self.segmenter}' divides by R - 1"
             )
+        if self.word_end_ids is not None:
+            if self.segmenter != "words":
+                raise ValueError(
+                    f"word_end_ids is set, but segmenter='{self.segmenter}' reads no tokens: leave it null"
+                )
+            if not self.word_end_ids or not all(0 <= token_id < self.vocab_size for token_id in self.word_end_ids):
+                raise ValueError(f"word_end_ids must hold ids from 0 to {self.vocab_size - 1}, at least one")
         if self.slot_weighting == "uniform" and self.cross_attention_backend == "replicated":
             raise ValueError(
                 "slot_weighting='uniform' needs another cross_attention_backend than 'replicated', which counts a "

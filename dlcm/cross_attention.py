@@ -141,6 +141,8 @@ class CrossAttention(nn.Module):
 
     Slot 0 of every document is a learned "no concept yet" vector: the first tokens attend to it. Under
     `inclusive` visibility the first token already closes a concept, and replication leaves slot 0 unread.
+
+    With `clean_start`, a gate for each channel, zero at the start, stands before the residual connection.
     """
 
     def __init__(self, config: DLCMConfig):
@@ -159,6 +161,7 @@ class CrossAttention(nn.Module):
         self.o_proj = nn.Linear(config.d_token, config.d_token, bias=False)
         self.q_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = HeadNorm(self.head_dim, config.rms_norm_eps)
+        self.gate = nn.Parameter(torch.zeros(config.d_token)) if config.clean_start else None
 
     def forward(self, h_TE: Tensor, z_MC: Tensor, layout: ConceptLayout) -> Tensor:
         slots_SC = self.slots(z_MC, layout)
@@ -192,4 +195,5 @@ class CrossAttention(nn.Module):
         return slot_attention(q_THN, k_SKN, v_SKN, layout, self.weighting, self.backend, self.causal_backend)
 
     def after_attention(self, h_TE: Tensor, read_THN: Tensor) -> Tensor:
-        return h_TE + self.o_proj(rearrange(read_THN, "T H N -> T (H N)"))
+        read_TE = self.o_proj(rearrange(read_THN, "T H N -> T (H N)"))
+        return h_TE + (read_TE if self.gate is None else self.gate * read_TE)

@@ -21,10 +21,11 @@ document, R tokens per concept.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.config import DLCMConfig, LlamaBaselineConfig
+from dlcm.injection import injections
 
 Config = DLCMConfig | LlamaBaselineConfig
 FORWARDS_PER_STEP = 3
@@ -67,16 +68,24 @@ def parameter_counts(config: Config) -> dict[str, int]:
     smoothing = config.d_concept if config.smoothing == "adjacent" else 0
     cross = 2 * config.d_token**2 + 2 * config.d_concept * token.kv_width  # queries and output, keys and values
     cross += config.d_token + config.d_concept + 2 * token.head_dim  # norms, and the null slot
+    if config.clean_start:
+        cross += config.d_token  # the gate
     return {
         "embedding": table,
-        "encoder": config.encoder_layers * _block_parameters(token),
+        "encoder": config.encoder_layers * _block_parameters(token) + (config.d_token if config.clean_start else 0),
         "detector": 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
         "pooling": config.d_token * config.d_concept,
         "backbone": config.backbone_layers * _block_parameters(concept) + config.d_concept + smoothing,
         "cross_attention": cross,
+        **_options(config, skip=config.d_token**2, injection=config.d_token * (config.d_concept + injections(config))),
         "decoder": config.decoder_layers * _block_parameters(token) + config.d_token,
         "head": table,
     }
+
+
+def _options(config: DLCMConfig, skip: float, injection: float) -> dict[str, Any]:
+    """Costs of stages that few models have: the others do not list them."""
+    return ({"skip": skip} if config.clean_start else {}) | ({"injection": injection} if injections(config) else {})
 
 
 def _block_parameters(shape: BlockShape) -> int:
@@ -150,6 +159,7 @@ def _flops(
             "cross_attention": 2 * 2 * config.d_token**2
             + 2 * 2 * config.d_concept * token.kv_width / ratio
             + _attention_flops(config.d_token, cross_keys),
+            **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
             "decoder": config.decoder_layers * _block_flops(token, keys),
             "head": head,
         }
@@ -293,7 +303,7 @@ def decode_bytes(
         closing = 1 - (1 - 1 / ratio) ** batch
         by_concept = 2 * number * config.d_concept * token_block_shape(config).kv_width
         weights["cross_attention"] += (closing - 1) * by_concept
-        for stage in ("pooling", "backbone"):
+        for stage in {"pooling", "backbone", "injection"} & weights.keys():
             weights[stage] *= closing
         cache["backbone"] /= ratio  # which reads its cache once per concept
     return ByStage({stage: weight / batch + context * cache.get(stage, 0.0) for stage, weight in weights.items()})

@@ -5,19 +5,23 @@
     Z = Backbone(C)                           concept width, causal, M << L
     y = Decoder(H + CrossAttend(H, Smooth(Z)))  concepts back to tokens, causal
 
+(`clean_start` and `injection` add to that, see their comments in `dlcm.config`.)
+
 Two invariants come before everything: logits at position t depend on tokens <= t only, in training and in
 evaluation; and packed documents do not see each other. Legend: T tokens, M concepts, E = d_token, C = d_concept,
 V vocabulary, B x L padded rows, D documents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from dlcm.blocks import TransformerStack, concept_block_shape, token_block_shape
+from dlcm.blocks import LayerPast, TransformerStack, concept_block_shape, token_block_shape
 from dlcm.boundary import DETECTORS, Boundaries, LearnedDetector
 from dlcm.cache import Appending, ConceptCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
@@ -27,6 +31,7 @@ from dlcm.cross_attention import CrossAttention
 from dlcm.decoding import Call, directly
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
 from dlcm.host import OnHost
+from dlcm.injection import Injection
 from dlcm.layout import (
     CLOSING_LAG,
     ClosedSegments,
@@ -46,7 +51,7 @@ class DLCMOutput(ModelOutput):
         loss: ce_loss + aux_loss_weight * aux_loss, if labels were given.
         logits: (B, L, V), unless declined.
         ce_loss: next-token cross-entropy in nats.
-        aux_loss: ratio loss of the Global Parser (Eq. 10); zero for fixed boundaries.
+        aux_loss: ratio loss of the Global Parser (Eq. 10); zero where no probability is learned ("fixed", "words").
         boundary_probs: (B, L), p_t.
         boundaries: (B, L) bool, b_t.
         concept_lengths: (M,) tokens in each concept, document after document.
@@ -73,7 +78,7 @@ class Read:
 
     Attributes:
         active_B: rows that have a token in this step.
-        h_BE: encoder states.
+        h_BE: what goes on to cross-attention.
         decided: probabilities and boundaries, none for rows that are not active.
         closing_B: whether the row's open segment ends.
         mean_BE: mean of that segment's states.
@@ -92,6 +97,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     """Encoder, boundary detector, concept backbone and decoder under a language-model head, strictly causal.
 
     Attributes:
+        target_ratio: R of the ratio loss, for schedules; the configuration's unless set.
         concept_rooms: how much room concepts are given, and whether the host waits to know (see `dlcm.compilation`).
     """
 
@@ -104,15 +110,20 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         token_shape = token_block_shape(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_token)
         self.encoder = TransformerStack(token_shape, config.encoder_layers)
+        if config.clean_start:
+            self.encoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
+            self.skip_proj = nn.Linear(config.d_token, config.d_token, bias=False)
         self.detector = DETECTORS[config.segmenter](config)
         self.pooling = ConceptPooling(config)
         self.backbone = TransformerStack(concept_block_shape(config), config.backbone_layers)
         self.backbone_norm = nn.RMSNorm(config.d_concept, config.rms_norm_eps)
         self.smoothing = SMOOTHERS[config.smoothing](config)
         self.cross_attention = CrossAttention(config)
+        self.injection = None if config.injection == "off" else Injection(config)
         self.decoder = TransformerStack(token_shape, config.decoder_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
+        self.target_ratio = config.target_ratio
         self.concept_rooms = ConceptRooms()
         self.post_init()
 
@@ -163,9 +174,9 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             return answer if return_dict else answer.to_tuple()
         input_ids_T, rows, tokens = self.open_rows(input_ids, attention_mask, cu_seqlens, max_seqlen)
 
-        h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
-        decided: Boundaries = self.detector(h_TE, tokens, generator)
-        h_TE, layout = self.through_concepts(h_TE, decided, tokens)
+        h_TE, s_TE = self.leave_encoder(self.encoder(self.embed_tokens(input_ids_T), tokens))
+        decided: Boundaries = self.detector(self.detector.seen(input_ids_T, s_TE), tokens, generator)
+        h_TE, layout = self.through_concepts(h_TE, s_TE, decided, tokens)
         h_TE = self.decoder_norm(h_TE)
         logits, ce_loss = self.read_out(h_TE, labels, rows, tokens, num_items_in_batch, return_logits, logits_to_keep)
 
@@ -184,7 +195,16 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         )
         return output if return_dict else output.to_tuple()
 
-    def through_concepts(self, h_TE: Tensor, decided: Boundaries, tokens: PackedLayout) -> tuple[Tensor, ConceptLayout]:
+    def leave_encoder(self, h_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes on to the decoder, and the states that the detector sees and segments are the mean of; (T, E)."""
+        if not self.config.clean_start:
+            return h_TE, h_TE
+        s_TE = self.encoder_norm(h_TE)
+        return h_TE + self.skip_proj(s_TE), s_TE
+
+    def through_concepts(
+        self, h_TE: Tensor, s_TE: Tensor, decided: Boundaries, tokens: PackedLayout
+    ) -> tuple[Tensor, ConceptLayout]:
         """From the encoder to the end of the decoder, (T, E) to (T, E), and the geometry of the concepts.
 
         The one wait of a forward pass for the device is here: at the end, where room for the concepts was foreseen.
@@ -194,21 +214,34 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         if isinstance(next(self.backbone.parameters()), DTensor):
             room = None  # sharded: all ranks must run the same passes, so that none may have to run one again
         layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket, room)
-        y_TE = self.through_concepts_of(layout, h_TE)
+        y_TE = self.through_concepts_of(layout, h_TE, s_TE)
         rooms.saw(tokens, self.training, layout.counts)
         if not layout.fits:
             rooms.misses += 1
             del y_TE
             layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket)
-            y_TE = self.through_concepts_of(layout, h_TE)
+            y_TE = self.through_concepts_of(layout, h_TE, s_TE)
         return y_TE, layout
 
-    def through_concepts_of(self, layout: ConceptLayout, h_TE: Tensor) -> Tensor:
+    def through_concepts_of(self, layout: ConceptLayout, h_TE: Tensor, s_TE: Tensor) -> Tensor:
         """Pooling, backbone, cross-attention and decoder."""
-        c_MC = self.pooling(h_TE, layout)
+        c_MC = self.pooling(s_TE, layout)
         z_MC = self.smooth(self.backbone(c_MC, layout.concepts), layout.concepts)
         h_TE = self.cross_attention(h_TE, z_MC, layout)
-        return self.decoder(h_TE, layout.tokens)
+        newest_TE = None
+        if self.injection is not None:
+            injected_ME = self.injection(z_MC)
+            injected_SE = injected_ME.new_zeros(layout.num_slots, injected_ME.shape[1])
+            newest_TE = injected_SE.index_copy(0, layout.slot_M, injected_ME).index_select(0, layout.slot_T)
+        return self.through_decoder(h_TE, layout.tokens, newest_TE)
+
+    def through_decoder(
+        self, h_TE: Tensor, tokens: PackedLayout, newest_TE: Tensor | None, past: Sequence[LayerPast] | None = None
+    ) -> Tensor:
+        """The decoder, and what is injected of the newest concept that each token sees."""
+        if self.injection is None or newest_TE is None:
+            return self.decoder(h_TE, tokens, past)
+        return self.decoder(h_TE, tokens, past, partial(self.injection.enter, newest_TE))
 
     def smooth(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
         """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""
@@ -226,15 +259,15 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
     def extend(self, input_ids_T: Tensor, new: Extension, cache: ConceptCache) -> tuple[Tensor, Boundaries]:
         where, tokens, row_D = Appending(new), new.layout, new.row_D
-        h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens, cache.stack("encoder", cache.tokens, where))
-        decided = self.detector(h_TE, tokens, None, cache.last_state()[row_D])
-        where.write(cache.tokens["states"][0], h_TE)
+        past = cache.stack("encoder", cache.tokens, where)
+        h_TE, s_TE = self.leave_encoder(self.encoder(self.embed_tokens(input_ids_T), tokens, past))
+        decided = self._decide(input_ids_T, s_TE, where, cache.last_seen()[row_D], cache)
 
         past_D = cache.concepts_B[row_D]
         segments = ClosedSegments.from_boundaries(new, decided.boundary_T, self.config.visibility)
-        sum_GE, count_G = self._segment_sums(h_TE, segments, row_D, cache)
+        sum_GE, count_G = self._segment_sums(s_TE, segments, row_D, cache)
         if len(segments.closed_M):
-            mean_ME = (sum_GE / count_G[:, None])[segments.closed_M].to(h_TE.dtype)
+            mean_ME = (sum_GE / count_G[:, None])[segments.closed_M].to(s_TE.dtype)
             closed_B = torch.zeros_like(cache.concepts_B).index_copy_(0, row_D, segments.closed_T[new.last_D])
             closed = Extension.of(closed_B.cpu(), cache.concepts_B.cpu(), h_TE.device)
             cache.reserve_concepts(closed.layout.max_seqlen)
@@ -242,11 +275,13 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             cache.concepts_B += closed_B
             cache.most_concepts += closed.layout.max_seqlen
 
-        k_SKN, v_SKN, slots = cache.slots_seen(new, past_D[tokens.document_T] + segments.closed_T)
+        slot_T = past_D[tokens.document_T] + segments.closed_T
+        k_SKN, v_SKN, slots = cache.slots_seen(new, slot_T)
         cross = self.cross_attention
         q_THN = cross.queries(h_TE, cross.rope(tokens.position_T))
         h_TE = cross.after_attention(h_TE, cross.attend(q_THN, k_SKN, v_SKN, slots))
-        h_TE = self.decoder(h_TE, tokens, cache.stack("decoder", cache.tokens, where))
+        newest_TE = None if self.injection is None else cache.slots["injected"][0][new.row_T, slot_T]
+        h_TE = self.through_decoder(h_TE, tokens, newest_TE, cache.stack("decoder", cache.tokens, where))
         return self.decoder_norm(h_TE), decided
 
     def extend_by_nothing(self) -> tuple[Tensor, Boundaries]:
@@ -254,13 +289,23 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         probability_T = h_TE.new_zeros(0, dtype=torch.promote_types(h_TE.dtype, torch.float32))
         return h_TE, Boundaries(probability_T, probability_T.bool())
 
+    def _decide(
+        self, input_ids_T: Tensor, s_TE: Tensor, where: Appending | Stepping, past_D: Tensor, cache: ConceptCache
+    ) -> Boundaries:
+        """Boundaries behind a past, and what later ones and `crop` need of these tokens into the cache."""
+        seen_T = self.detector.seen(input_ids_T, s_TE)
+        where.write(cache.tokens["states"][0], s_TE)
+        if seen_T is not s_TE:
+            where.write(cache.seen_BS, seen_T)
+        return self.detector(seen_T, where.layout, None, past_D)
+
     def _segment_sums(
-        self, h_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache
+        self, s_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache
     ) -> tuple[Tensor, Tensor]:
         """Sums of states and numbers of tokens, (G, E) and (G,), with the open segments' of before, and leaves those
         that are open now in the cache.
         """
-        sum_GE = segment_sum(h_TE, segments.length_G).index_add_(0, segments.first_D, cache.open_sum_BE[row_D])
+        sum_GE = segment_sum(s_TE, segments.length_G).index_add_(0, segments.first_D, cache.open_sum_BE[row_D])
         count_G = segments.length_G.index_add(0, segments.first_D, cache.open_count_B[row_D])
         cache.open_sum_BE[row_D], cache.open_count_B[row_D] = sum_GE[segments.open_D], count_G[segments.open_D]
         return sum_GE, count_G
@@ -281,24 +326,23 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         """A step's first part: encoder, boundary, and the bookkeeping of segments."""
         where = Stepping.of(cache.length_B, active_B, cache.tokens)
         past = cache.stack("encoder", cache.tokens, where)
-        h_BE = self.encoder(self.embed_tokens(input_ids_B), where.layout, past)
-        decided = self.detector(h_BE, where.layout, None, cache.last_state())
-        where.write(cache.tokens["states"][0], h_BE)
+        h_BE, s_BE = self.leave_encoder(self.encoder(self.embed_tokens(input_ids_B), where.layout, past))
+        decided = self._decide(input_ids_B, s_BE, where, cache.last_seen(), cache)
         decided = Boundaries(decided.probability_T.masked_fill(~active_B, 0), decided.boundary_T & active_B)
 
         lag = CLOSING_LAG[self.config.visibility]
         if lag == 0:
-            self._add_to_open(h_BE, active_B, cache)
+            self._add_to_open(s_BE, active_B, cache)
         closing_B = closing(decided.boundary_T, where.layout, self.config.visibility)
         mean_BE = cache.open_sum_BE / cache.open_count_B.clamp(min=1)[:, None]
         cache.open_sum_BE.masked_fill_(closing_B[:, None], 0)
         cache.open_count_B.masked_fill_(closing_B, 0)
         if lag:
-            self._add_to_open(h_BE, active_B, cache)
-        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(h_BE.dtype), cache.length_B - lag)
+            self._add_to_open(s_BE, active_B, cache)
+        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(s_BE.dtype), cache.length_B - lag)
 
-    def _add_to_open(self, h_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
-        cache.open_sum_BE += h_BE.masked_fill(~active_B[:, None], 0)
+    def _add_to_open(self, s_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
+        cache.open_sum_BE += s_BE.masked_fill(~active_B[:, None], 0)
         cache.open_count_B += active_B
 
     def reason(self, read: Read, cache: ConceptCache) -> None:
@@ -314,8 +358,12 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         cross, concepts = self.cross_attention, where.layout
         z_MC = self.backbone(self.pooling.project(mean_ME), concepts, cache.stack("backbone", cache.concepts, where))
         where.write(cache.concepts["reasoned"][0], z_MC)
-        k_MKN, v_MKN = cross.keys_and_values(self.smooth(z_MC, concepts, past_DC), cross.rope(end_M))
-        for name, x_M in (("cross_keys", k_MKN), ("cross_values", v_MKN), ("end", end_M)):
+        smooth_MC = self.smooth(z_MC, concepts, past_DC)
+        k_MKN, v_MKN = cross.keys_and_values(smooth_MC, cross.rope(end_M))
+        read_M = {"cross_keys": k_MKN, "cross_values": v_MKN, "end": end_M}
+        if self.injection is not None:
+            read_M["injected"] = self.injection(smooth_MC)
+        for name, x_M in read_M.items():
             where.write(cache.slots[name][0], x_M, shift=1)
 
     def answer(self, read: Read, cache: ConceptCache) -> Tensor:
@@ -324,7 +372,8 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         where = Stepping.of(cache.length_B, active_B, cache.tokens)
         q_BHN = cross.queries(read.h_BE, cross.rope(where.layout.position_T))
         h_BE = cross.after_attention(read.h_BE, cache.read_slots(q_BHN, active_B))
-        h_BE = self.decoder(h_BE, where.layout, cache.stack("decoder", cache.tokens, where))
+        newest_BE = None if self.injection is None else cache.newest_injected()
+        h_BE = self.through_decoder(h_BE, where.layout, newest_BE, cache.stack("decoder", cache.tokens, where))
         cache.length_B += active_B
         return self.last_logits(self.decoder_norm(h_BE)[:, None])[:, 0]
 
@@ -342,8 +391,8 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         With the same `generator` state, the forward draws the same boundaries.
         """
         input_ids_T, _, tokens = self.open_rows(input_ids, None, cu_seqlens, max_seqlen)
-        h_TE = self.encoder(self.embed_tokens(input_ids_T), tokens)
-        return ParserStatistics.of(self.detector(h_TE, tokens, generator), tokens)
+        _, s_TE = self.leave_encoder(self.encoder(self.embed_tokens(input_ids_T), tokens))
+        return ParserStatistics.of(self.detector(self.detector.seen(input_ids_T, s_TE), tokens, generator), tokens)
 
     def set_sharpening(self, sharpening: float) -> None:
         """Sets the sharpness of the training-time draw, for schedules.
@@ -363,7 +412,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         total: ParserStatistics | RunningStatistics | None,
         averaged: bool,
     ) -> Tensor:
-        if self.config.segmenter == "fixed":
+        if not self.config.has_ratio_loss:
             return decided.probability_T.new_zeros(())
         if isinstance(total, RunningStatistics):
             total = total.next(own)
@@ -373,5 +422,5 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         if averaged and self.training and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
         return global_parser_loss(
-            decided, tokens, self.config.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
+            decided, tokens, self.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
         )

@@ -59,6 +59,9 @@ CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
 BOUNDARY_MATRIX = Role("boundary_matrix", "boundary", "token", "identity", decays=False)
 GAIN = Role("gain", "other", None, "ones", decays=False)
 SMOOTHING = Role("smoothing", "other", None, "zeros", decays=False)
+# Paths that begin at zero: a gate for each channel behind a matrix drawn as usual, or the matrix itself.
+GATE = Role("gate", "other", None, "zeros", decays=False)
+SKIP_MATRIX = Role("skip_matrix", "token", "token", "zeros")
 NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
 
 # The first pattern that matches a parameter's name decides.
@@ -68,6 +71,10 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ("*norm.weight", GAIN),
     ("smoothing.mix", SMOOTHING),
     ("cross_attention.null_slot", NULL_SLOT),
+    ("cross_attention.gate", GATE),
+    ("injection.gate", GATE),
+    ("skip_proj.weight", SKIP_MATRIX),
+    ("injection.up_proj.weight", CONCEPT_MATRIX),
     ("detector.?_proj.weight", BOUNDARY_MATRIX),
     ("pooling.up_proj.weight", TOKEN_MATRIX),
     ("cross_attention.q_proj.weight", TOKEN_MATRIX),

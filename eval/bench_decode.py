@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from dlcm import DLCMConfig, DLCMForCausalLM
 from dlcm.attention import resolve_backend
 from dlcm.blocks import token_block_shape
-from dlcm.boundary import FixedDetector, LearnedDetector
+from dlcm.boundary import CosineDetector, LearnedDetector
 from dlcm.cache import ConceptCache, DecodingCache, Room
 from dlcm.compilation import compile_blocks_
 from dlcm.flops import HALF, Config, cache_bytes_per_token, decode_bytes, parameter_counts, prefill_flops
@@ -429,8 +429,8 @@ def measure_flips(model: DLCMForCausalLM, ids_BL: Tensor, piece: int) -> Row:
     Raises:
         EvaluationError: the model has no threshold.
     """
-    if isinstance(model.detector, FixedDetector):
-        raise EvaluationError("fixed boundaries have no threshold to flip at")
+    if not isinstance(model.detector, CosineDetector):
+        raise EvaluationError(f"segmenter='{model.config.segmenter}' has no threshold to flip at")
     parallel = model(ids_BL)
     cache = model.new_cache(ids_BL.shape[1], replayed=piece == 1 and model.device.type == "cuda")
     probabilities, decisions, differences = [], [], []

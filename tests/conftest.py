@@ -6,6 +6,7 @@ examples in every run.
 
 import gc
 import os
+import random
 import shutil
 import sysconfig
 import time
@@ -42,6 +43,7 @@ settings.load_profile("dlcm")
 torch.set_num_threads(1)  # for matrices this small, threads only cost
 
 VOCABULARY = 23
+WORD_ENDS = list(range(0, VOCABULARY, 2))  # for segmenter="words"
 PATIENCE = 240  # seconds for what two processes do together
 
 
@@ -64,6 +66,8 @@ def tiny_config(**overrides: Any) -> DLCMConfig:
         "max_position_embeddings": 64,
         "mup_base_width": 8,
     }
+    if overrides.get("segmenter") == "words":
+        fields["word_end_ids"] = WORD_ENDS
     return DLCMConfig(**fields | overrides)
 
 
@@ -111,6 +115,26 @@ def trained_scale_(model: PackedCausalLM, seed: int) -> None:
             parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
         else:
             parameter.copy_(noise)
+
+
+# Every option that changes what the model computes, for tests that draw any combination of them.
+CHOICES: dict[str, Sequence[Any]] = {
+    "segmenter": ("learned", "rule", "fixed", "words"),
+    "visibility": ("closed", "inclusive"),
+    "smoothing": ("adjacent", "none"),
+    "cross_attention_rope": (True, False),
+    "slot_weighting": ("replication", "uniform"),
+    "injection": ("off", "first", "every"),
+    "clean_start": (False, True),
+    "qk_norm": (False, True),
+    "decoder_layers": (1, 2),
+}
+
+
+def random_options(seed: int) -> dict[str, Any]:
+    """One of all combinations of `CHOICES`."""
+    generator = random.Random(seed)
+    return {name: generator.choice(values) for name, values in CHOICES.items()}
 
 
 def random_documents(lengths: Sequence[int], seed: int) -> list[Tensor]:

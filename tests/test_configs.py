@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
-from dlcm.flops import forward_flops
+from dlcm.flops import forward_flops, parameter_counts
 from dlcm.mup import role_of
-from train.config import build_model_config, load_run_config
+from eval.matching import TOLERANCE
+from train.config import build_model_config, load_run_config, read_yaml
+from train.sweep import load_sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Grids and sweeps are held to what they say by tests/train/test_grid.py and tests/eval/test_mup.py.
 MANY = ("scaling", "mup")
 NO_RUNS = ("base", "corpora")  # corpora are held to what they say by tests/train/test_corpora.py
 RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in NO_RUNS and path.parent.name not in MANY)
+HEADLINE = sorted(path for path in CONFIGS.glob("headline/*/*-*.yaml") if "axes" not in read_yaml(path))
+HEADLINE_SWEEPS = sorted(path for path in CONFIGS.glob("headline/*/*.yaml") if "axes" in read_yaml(path))
+UNMATCHED = ("tokens",)  # the token path alone
 MODELS = {"dlcm": DLCMForCausalLM, "llama": LlamaBaselineForCausalLM}
 
 
@@ -59,3 +64,44 @@ def test_table_3_has_the_papers_parameter_counts():
             sizes[name] = MODELS[name](build_model_config(run)).num_parameters()
     assert sizes["dlcm"] == pytest.approx(2.3e9, rel=0.02)
     assert sizes["llama"] == pytest.approx(1.3e9, rel=0.01)
+
+
+@pytest.mark.parametrize("path", HEADLINE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_headline_models_cost_what_their_baseline_does(path):
+    """docs/headline_protocol.md: forward FLOPs per token within 1 %, and nothing else differs but the model."""
+    variant, _, size = path.stem.rpartition("-")
+    run, llama = load_run_config(path), load_run_config(path.with_name(f"llama-{size}.yaml"))
+    config = build_model_config(run)
+    flops, baseline = (forward_flops(c, run.data.sequence_length).total for c in (config, build_model_config(llama)))
+    if variant in UNMATCHED:
+        assert flops < baseline
+    else:
+        assert flops / baseline == pytest.approx(1, abs=TOLERANCE)
+    run.schedule.sharpening_final = run.schedule.target_ratio_initial = None  # concern boundaries alone
+    assert (run.data, run.batch, run.seed, run.schedule) == (llama.data, llama.batch, llama.seed, llama.schedule)
+    assert run.output == f"runs/headline/{path.parent.name}/{path.stem}" and config.d_token == int(size)
+    if run.model.get("segmenter") == "words":
+        config.word_end_ids = [32]  # in training the tokenizer says which
+    with torch.device("meta"):
+        model = MODELS[run.model["architecture"]](config)
+    assert model.num_parameters() == sum(parameter_counts(config).values())
+
+
+def test_headline_sweeps_run_what_they_say():
+    sweeps = {f"{path.parent.name}-{path.stem}": load_sweep(path)[1] for path in HEADLINE_SWEEPS}
+    names = ("ablations", "first", "rates-dlcm", "rates-llama", "seeds", "trend")
+    assert set(sweeps) == {f"{kind}-{name}" for kind in ("bytes", "bpe") for name in names}
+    for kind in ("bytes", "bpe"):
+        ours, theirs = sweeps[f"{kind}-rates-dlcm"], sweeps[f"{kind}-rates-llama"]
+        assert [run.labels["rate"] for run in ours] == [run.labels["rate"] for run in theirs]  # an equal tuning budget
+        for run in (*ours, *theirs):
+            rates = run.run.optimizer
+            assert rates.lr_token == rates.lr_other == pytest.approx(float(run.labels["rate"][1:]) * 1e-3)
+            assert rates.lr_concept in (None, rates.lr_token)
+        assert {run.run.seed for run in sweeps[f"{kind}-seeds"]} == {0, 1, 2}
+        tokens = {run.labels["budget"]: run.tokens for run in sweeps[f"{kind}-trend"]}
+        assert tokens == pytest.approx({"t50": 50e6, "t200": 200e6, "t800": 800e6}, rel=0.01)
+        for run in sweeps[f"{kind}-trend"]:
+            assert run.run.schedule.steps % run.run.evaluation.every == 0
+    first = sweeps["bytes-first"] + sweeps["bpe-first"]
+    assert len(first) == 8 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)

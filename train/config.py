@@ -31,6 +31,7 @@ FROM_TOKENIZER = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
+    "word_end_ids",
 )  # model fields that are not the run's to choose
 
 MIXTURE = "data.mixture"  # whose keys are names that the user chooses
@@ -52,6 +53,7 @@ class Range:
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_TWO = Range("at least 2", lambda value: value >= 2)
 POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
+ABOVE_ONE = Range("above 1 and finite", lambda value: 1 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 FRACTION = Range("between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("0 or more, and below 1", lambda value: 0 <= value < 1)
@@ -135,13 +137,14 @@ class SpikesConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Warm-up, stable, decay over `steps` optimizer steps; the boundary sharpening moves along with them."""
+    """Warm-up, stable, decay over `steps` optimizer steps; what boundaries are drawn by moves along with them."""
 
     steps: int = within(AT_LEAST_ONE)
     warmup_steps: int = within(NOT_NEGATIVE, 0)
     decay_fraction: float = within(FRACTION, 0.2)  # share of all steps spent decaying, at the end
     final_lr_fraction: float = within(FRACTION, 0.1)
     sharpening_final: float | None = within(POSITIVE, None)  # null keeps the model's own sharpening
+    target_ratio_initial: float | None = within(ABOVE_ONE, None)  # null begins with the model's own target_ratio
 
 
 @dataclass
@@ -282,6 +285,8 @@ def validate(run: RunConfig) -> None:
     _check_given("optimizer.lr_boundary", rates.lr_boundary, learned, "a learned segmenter")
     if schedule.sharpening_final is not None and not learned:
         raise ConfigError("schedule.sharpening_final: this model has no learned segmenter to sharpen; leave it null")
+    if schedule.target_ratio_initial is not None and not getattr(model_config, "has_ratio_loss", False):
+        raise ConfigError("schedule.target_ratio_initial: this model has no ratio loss to move; leave it null")
 
 
 def _check_data(data: DataConfig) -> None:

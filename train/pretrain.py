@@ -66,7 +66,7 @@ from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
 from train.parallel import check_parallel, distribute
 from train.saving import CheckpointSaver
-from train.schedule import learning_rate_factor, sharpening
+from train.schedule import learning_rate_factor, sharpening, target_ratio
 from train.signals import StopRequests
 from train.spikes import SpikeRule
 from train.step import (
@@ -85,7 +85,7 @@ from train.step import (
     update_parameters,
     uses_bf16,
 )
-from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash
+from train.tokenizer import TokenizerError, load_tokenizer, tokenizer_hash, word_end_ids
 from train.utilisation import UtilisationError, datasheet_peak, measured_peak, utilisation
 
 WARM_UP_STEPS = 3  # after which a training step compiles nothing more
@@ -200,6 +200,8 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 group["lr"] = rate_factor * peak
             if isinstance(model, DLCMForCausalLM) and model.config.segmenter == "learned":
                 model.set_sharpening(sharpening(step, model.config.sharpening, run.schedule))
+            if isinstance(model, DLCMForCausalLM):
+                model.target_ratio = target_ratio(step, model.config.target_ratio, run.schedule)
 
             batches = [loader.batch(step, micro).to(device) for micro in range(run.batch.accumulation)]
             sums = forward_backward(run, parallel, batches, step, ranks)
@@ -316,6 +318,7 @@ def final_model_config(
 
     Raises:
         DataError: the data have more token ids than the model's vocabulary.
+        TokenizerError: words are asked for, and it does not say what bytes its tokens stand for.
     """
     config = build_model_config(run)
     if shards.vocab_size > config.vocab_size:
@@ -325,6 +328,8 @@ def final_model_config(
         )
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    if isinstance(config, DLCMConfig) and config.segmenter == "words":
+        config.word_end_ids = word_end_ids(tokenizer)
     return config
 
 
@@ -332,7 +337,7 @@ def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTra
     """The model at its initialisation, which depends on the run's seed alone, on the CPU.
 
     Raises:
-        DataError: see `final_model_config`.
+        DataError, TokenizerError: see `final_model_config`.
     """
     config = final_model_config(run, shards, tokenizer)
     torch.manual_seed(run.seed)

@@ -3,7 +3,8 @@
 The learning rate follows warm-up / stable / decay (WSD): it rises linearly, stays, and falls linearly to a
 fraction of its peak over the last part of the run. The sharpening of boundary sampling moves geometrically
 from the model's own value to its final one and arrives where the decay begins, so that the model settles, at
-a falling rate, on boundaries drawn almost as inference thresholds them.
+a falling rate, on boundaries drawn almost as inference thresholds them. So does the target of the ratio loss, from
+another value to the model's own.
 """
 
 from train.config import ScheduleConfig
@@ -30,8 +31,16 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
 
 def sharpening(step: int, initial: float, schedule: ScheduleConfig) -> float:
     """The sharpness of the boundary draw at `step`: `initial` at step 0, final from the decay's start on."""
-    if schedule.sharpening_final is None:
-        return initial
+    return initial if schedule.sharpening_final is None else _moved(step, initial, schedule.sharpening_final, schedule)
+
+
+def target_ratio(step: int, final: float, schedule: ScheduleConfig) -> float:
+    """The target tokens per concept at `step`: the schedule's own at step 0, `final` from the decay's start on."""
+    initial = schedule.target_ratio_initial
+    return final if initial is None else _moved(step, initial, final, schedule)
+
+
+def _moved(step: int, initial: float, final: float, schedule: ScheduleConfig) -> float:
     start = decay_start(schedule)
     progress = min(1.0, step / start) if start else 1.0
-    return initial ** (1.0 - progress) * schedule.sharpening_final**progress
+    return initial ** (1.0 - progress) * final**progress

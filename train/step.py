@@ -130,7 +130,7 @@ def global_boundary_statistics(
 
 def counts_boundaries_first(model: Model, batch: BatchConfig) -> bool:
     """Whether a step needs a pass ahead to count its boundaries; a single micro-batch is summed by the model itself."""
-    counts = isinstance(model, DLCMForCausalLM) and model.config.segmenter != "fixed"
+    counts = isinstance(model, DLCMForCausalLM) and model.config.has_ratio_loss
     return counts and batch.accumulation > 1 and batch.boundary_count == "ahead"
 
 
@@ -279,9 +279,9 @@ def mean_losses(sums: StepSums, model: Model) -> dict[str, float]:
     if not isinstance(model, DLCMForCausalLM):
         return {"loss": sums.ce, **ce}
     aux = sums.aux  # shares, that add up
-    if model.config.segmenter != "fixed" and model.config.parser_scope == "global":
+    if model.config.has_ratio_loss and model.config.parser_scope == "global":
         f, g = torch.tensor([sums.boundaries, sums.probability], dtype=torch.float64) / sums.tokens
-        aux = float(ratio_loss(f, g, model.config.target_ratio))
+        aux = float(ratio_loss(f, g, model.target_ratio))
     return {"loss": sums.ce + model.config.aux_loss_weight * aux, **ce, "aux": aux}
 
 

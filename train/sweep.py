@@ -18,6 +18,8 @@ run that it sets; a run is one point of every axis, and its name their labels:
         "1e-3": {optimizer.lr_token: 1.0e-3, optimizer.lr_other: 1.0e-3}
         "2e-3": {optimizer.lr_token: 2.0e-3, optimizer.lr_other: 2.0e-3}
 
+A point may name another `base` for its runs, so that an axis can hold different models: `llama: {base: llama.yaml}`.
+
     OUTPUT/NAME.*, OUTPUT/NAME/    a run (see train/runs.py)
     OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, and its last validation
 """
@@ -56,7 +58,7 @@ LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # what a file name can be mad
 class SweepConfig:
     """What SWEEP.yaml holds."""
 
-    base: str = MISSING  # YAML of a run, relative to this file; its output is not used
+    base: str | None = None  # YAML of a run, relative to this file; its output is not used. Points may name others
     output: str = MISSING
     axes: dict[str, Any] = MISSING  # axis: {label: {key of the run: value}}
     at_once: int = 1  # runs at a time, on each GPU or on the CPU
@@ -82,14 +84,17 @@ def load_sweep(path: Path) -> tuple[SweepConfig, list[SweptRun]]:
         raise ConfigError(f"{path}: axes is empty; give at least one")
     for axis, axis_points in sweep.axes.items():
         _check_axis(f"{path}: axes.{axis}", axis_points)
-    base = path.parent / sweep.base
     runs = []
     for points in itertools.product(*(axis.items() for axis in sweep.axes.values())):
         name = "_".join(label for label, _ in points)
         settings = {key: value for _, values in points for key, value in values.items()}
+        base = settings.pop("base", sweep.base)
+        if base is None or sum("base" in values for _, values in points) > 1:
+            raise ConfigError(f"{path}: {name}: no base, or several; name one, of the sweep or at points of one axis")
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        output = f"output={json.dumps(str(Path(sweep.output) / name))}"
         try:
-            run = load_run_config(base, [*overrides, f"output={json.dumps(str(Path(sweep.output) / name))}"])
+            run = load_run_config(path.parent / str(base), [*overrides, output])
         except ConfigError as error:
             raise ConfigError(f"{path}: {name}: {error}") from error
         labels = dict(zip(sweep.axes, (label for label, _ in points), strict=True))

@@ -149,6 +149,28 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
     return lengths_V
 
 
+def word_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids after which a word has ended, sorted: their last byte is neither letter nor digit nor within a character.
+
+    All bytes of a character beyond ASCII but its first count as within it. So Chinese is cut between characters, at the
+    first byte of each: that is where the one before is known to be whole. Special tokens end words.
+
+    Raises:
+        TokenizerError: not a byte-level vocabulary, or no id ends a word.
+    """
+    if token_byte_lengths(tokenizer) is None:
+        raise TokenizerError("segmenter='words' needs a byte-level tokenizer, whose tokens are known as bytes")
+    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    found = set(special_ids(tokenizer))
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id not in found:
+            last = token.encode()[-1] if token_id in added else byte_of[token[-1]]
+            if not (chr(last).isalnum() if last < 0x80 else last < 0xC0):
+                found.add(token_id)
+    return sorted(found)
+
+
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         # Asked for first: without it, transformers would look for every other kind of vocabulary file and convert it.

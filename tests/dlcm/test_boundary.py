@@ -14,11 +14,13 @@ from dlcm.boundary import (
     FixedDetector,
     LearnedDetector,
     RuleDetector,
+    WordDetector,
     cosine_boundary_probability,
     sharpen,
 )
-from dlcm.layout import PackedLayout
+from dlcm.layout import ConceptLayout, PackedLayout
 from tests.conftest import arrange, random_documents, tiny_config, tiny_dlcm
+from train.tokenizer import byte_tokenizer, word_end_ids
 
 
 def packed(lengths: list[int]) -> PackedLayout:
@@ -224,6 +226,48 @@ def test_fixed_stride_by_hand():
 
 def test_fixed_has_no_parameters():
     assert list(FixedDetector(tiny_config(segmenter="fixed")).parameters()) == []
+
+
+def cut(text: bytes, visibility: str, lengths: list[int] | None = None) -> list[str]:
+    """The segments of bytes of documents, laid end to end."""
+    config = tiny_config(
+        segmenter="words", visibility=visibility, vocab_size=258, word_end_ids=word_end_ids(byte_tokenizer())
+    )
+    detector, tokens = WordDetector(config), packed(lengths or [len(text)])
+    ids_T = torch.tensor(list(text))
+    decided = detector(detector.seen(ids_T, torch.empty(0)), tokens)
+    assert torch.equal(decided.probability_T, decided.boundary_T.float()) and list(detector.parameters()) == []
+    lengths_M = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility).length_M.tolist()
+    return [bytes(part.tolist()).decode() for part in ids_T.split(lengths_M)]
+
+
+def test_words_are_closed_at_their_first_space_or_behind_the_last():
+    text = b"It was, in 1815,\n    dear: no-one's."
+    ended = ["It ", "was, ", "in ", "1815,\n    ", "dear: ", "no-", "one'", "s."]
+    assert cut(text, "closed") == ended
+    # inclusive: the first token of a document is a segment, as everywhere
+    begun = ["I", "t ", "was,", " in ", "1815,", "\n    dear:", " no-", "one'", "s."]
+    assert cut(text, "inclusive") == begun
+
+
+def test_words_of_documents_are_apart():
+    """The space before a document's first token belongs to another document."""
+    assert cut(b"one two ten", "closed", [4, 7]) == ["one ", "two ", "ten"]
+    assert cut(b"one two ten", "inclusive", [3, 8]) == ["o", "ne", " ", "two ", "ten"]
+
+
+def test_chinese_is_cut_between_characters():
+    text = "子不语怪".encode()
+    tokens = packed([len(text)])
+    config = tiny_config(segmenter="words", vocab_size=258, word_end_ids=word_end_ids(byte_tokenizer()))
+    detector = WordDetector(config)
+    boundary_T = detector(detector.seen(torch.tensor(list(text)), torch.empty(0)), tokens).boundary_T
+    assert boundary_T.nonzero().flatten().tolist() == [0, 1, 4, 7, 10]  # behind the first byte of each
+
+
+def test_words_need_to_know_which_tokens_end_them():
+    with pytest.raises(ValueError, match=r"segmenter='words' needs word_end_ids.*train.tokenizer.word_end_ids"):
+        WordDetector(tiny_config(segmenter="words", word_end_ids=None))
 
 
 # What learns from what

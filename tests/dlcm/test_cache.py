@@ -22,7 +22,7 @@ from dlcm.cache import ConceptCache, DecodingCache
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.config import changed
 from dlcm.decoding import StepGraphs
-from tests.conftest import VOCABULARY, tiny_baseline, tiny_dlcm
+from tests.conftest import VOCABULARY, random_options, tiny_baseline, tiny_dlcm
 
 TOLERANCE = 1e-10  # in float64
 OPTIONS: list[dict[str, Any]] = [
@@ -41,6 +41,10 @@ OPTIONS += [
         {"qk_norm": True, "d_scan": 8},
         {"threshold": 1e-9},  # every token is a boundary
         {"threshold": 1 - 1e-9},  # none but the first is
+        {"segmenter": "words"},
+        {"injection": "every"},
+        {"clean_start": True},
+        {"segmenter": "words", "injection": "first", "clean_start": True},
     )
 ]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]
@@ -119,6 +123,23 @@ def test_any_pieces_are_the_parallel_forward(build: Callable, options: dict):
     check()
     if isinstance(model, DLCMForCausalLM) and "threshold" not in options:
         assert 0.2 < torch.stack(rates).mean() < 0.8
+
+
+def test_any_pieces_under_any_combination_of_options():
+    @settings(max_examples=60)
+    @given(cases())
+    def check(case: tuple[Tensor, Tensor, list[int]]) -> None:
+        ids_BL, mask_BL, pieces = case
+        seed = int(ids_BL.sum())
+        model = tiny_dlcm(seed, **random_options(seed))
+        expected = whole(model, ids_BL, mask_BL)
+        cache = model.new_cache()
+        assert_same(decode(model, ids_BL, mask_BL, pieces, cache), expected, mask_BL)
+        keep = sum(pieces) // 2  # and goes on from the middle
+        cache.crop(keep) if keep else cache.reset()
+        assert_same(decode(model, ids_BL, mask_BL, [1] * (sum(pieces) - keep), cache), expected, mask_BL)
+
+    check()
 
 
 @pytest.mark.parametrize("visibility", ["closed", "inclusive"])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dlcm import DLCMForCausalLM
+from dlcm.boundary import Boundaries, WordDetector
 from dlcm.concepts import AdjacentSmoothing, ConceptPooling
 from dlcm.layout import ConceptLayout
 from dlcm.model import DLCMOutput
@@ -25,6 +26,7 @@ from tests.conftest import (
     Arrangement,
     arrange,
     random_documents,
+    random_options,
     tiny_baseline,
     tiny_dlcm,
     trained_scale_,
@@ -37,10 +39,20 @@ OPTIONS = [
         ["learned", "rule", "fixed"], ["closed", "inclusive"], ["adjacent", "none"], [True, False]
     )
 ]
-# The rest change one thing at a time.
+# The rest change one thing at a time, at both visibilities where it depends on them.
 DEFAULTS = {"segmenter": "learned", "visibility": "closed", "smoothing": "adjacent", "cross_attention_rope": True}
 OPTIONS += [
     DEFAULTS | other for other in ({"qk_norm": True}, {"d_scan": 8}, {"threshold": 0.45}, {"slot_weighting": "uniform"})
+]
+OPTIONS += [
+    DEFAULTS | {"visibility": visibility} | other
+    for visibility in ("closed", "inclusive")
+    for other in (
+        {"segmenter": "words"},
+        {"injection": "every"},
+        {"clean_start": True},
+        {"segmenter": "words", "injection": "first", "clean_start": True},
+    )
 ]
 
 
@@ -121,7 +133,7 @@ def change_before(
 
 def name_of(options: dict[str, Any]) -> str:
     rope = "rope" if options["cross_attention_rope"] else "norope"
-    rest = "".join(f"-{key}" for key in options if key not in DEFAULTS)
+    rest = "".join(f"-{key}-{value}" for key, value in options.items() if key not in DEFAULTS)
     return f"{options['segmenter']}-{options['visibility']}-{options['smoothing']}-{rope}{rest}"
 
 
@@ -144,6 +156,20 @@ def test_no_future(options: dict[str, Any], arrangement: Arrangement, training: 
     assert (evidence.concept_count_changes > 0) == (options["segmenter"] != "fixed")
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_no_future_in_any_combination_of_options(training: bool):
+    evidence = Evidence()
+
+    @settings(max_examples=60)
+    @given(cases("packed"))
+    def check(case: Case):
+        model = tiny_dlcm(case.seed, **random_options(case.seed), sharpening=6.0).train(training)
+        assert change_before(model, case, "packed", evidence) < TOLERANCE
+
+    check()
+    assert evidence.future_logit_change > 0.1 and evidence.concept_count_changes > 5
+
+
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_no_future_in_the_baseline(arrangement: Arrangement):
     @settings(max_examples=20)
@@ -160,10 +186,11 @@ def test_no_future_in_the_baseline(arrangement: Arrangement):
     check()
 
 
+@pytest.mark.parametrize("segmenter", ["learned", "words"])
 @pytest.mark.parametrize("visibility", ["closed", "inclusive"])
-def test_a_document_cut_short_keeps_its_logits(visibility: str):
+def test_a_document_cut_short_keeps_its_logits(visibility: str, segmenter: str):
     """Nothing depends on how long a document will be: the form in which generation meets causality."""
-    model = tiny_dlcm(3, visibility=visibility)
+    model = tiny_dlcm(3, visibility=visibility, segmenter=segmenter)
     (document,) = random_documents([16], seed=3)
     with torch.no_grad():
         whole = model(document[None])
@@ -171,6 +198,18 @@ def test_a_document_cut_short_keeps_its_logits(visibility: str):
             prefix = model(document[None, :length])
             torch.testing.assert_close(prefix.logits, whole.logits[:, :length], rtol=0, atol=TOLERANCE)
             assert torch.equal(prefix.boundaries, whole.boundaries[:, :length])
+
+
+def test_catches_an_injection_of_the_slot_that_is_still_open(monkeypatch: pytest.MonkeyPatch):
+    """Cross-attention as it should be, the injection one slot too new."""
+    through = DLCMForCausalLM.through_decoder
+
+    def one_more(self, h_TE, tokens, newest_TE, past=None):
+        last_T = tokens.is_first_T.roll(-1)
+        return through(self, h_TE, tokens, torch.where(last_T[:, None], newest_TE, newest_TE.roll(-1, 0)), past)
+
+    monkeypatch.setattr(DLCMForCausalLM, "through_decoder", one_more)
+    assert largest_change({"injection": "first"}) > 1e-3
 
 
 def largest_change(options: dict[str, Any], arrangement: Arrangement = "packed") -> float:
@@ -233,6 +272,17 @@ def test_catches_a_pool_that_reaches_into_the_next_segment(monkeypatch: pytest.M
 
     monkeypatch.setattr(ConceptPooling, "forward", reaching)
     assert largest_change({"visibility": "inclusive"}) > 1e-3
+
+
+def test_catches_words_that_end_where_only_the_next_token_tells(monkeypatch: pytest.MonkeyPatch):
+    """The run of spaces closes on its own last token, which nobody knows before the token after it."""
+
+    def looking_ahead(self, ends_word_T, tokens, generator=None, past_D=None):
+        last_of_run_T = ends_word_T & ~(ends_word_T.roll(-1) & ~tokens.is_first_T.roll(-1))
+        return Boundaries(last_of_run_T.float(), last_of_run_T | tokens.is_first_T)
+
+    monkeypatch.setattr(WordDetector, "forward", looking_ahead)
+    assert largest_change({"segmenter": "words", "visibility": "inclusive"}) > 1e-3
 
 
 def test_catches_a_boundary_that_waits_for_the_next_token(monkeypatch: pytest.MonkeyPatch):

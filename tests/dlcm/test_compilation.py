@@ -317,7 +317,7 @@ def waits_of_a_step(model: PackedCausalLM, **options: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("return_logits", [True, False])
-@pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
+@pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed", "words"])
 def test_a_step_of_the_dlcm_waits_once(segmenter: str, return_logits: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dlcm.attention, "_sdpa", masked_sdpa)
     model = tiny_dlcm(segmenter=segmenter).train()

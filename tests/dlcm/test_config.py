@@ -187,6 +187,12 @@ def test_numbers_out_of_range(build, key: str, value: float):
     rejected(build, f"{key}={value}", **{key: value})
 
 
+def test_ids_that_end_words():
+    rejected(tiny_config, "word_end_ids is set, but segmenter='learned'", word_end_ids=[1])
+    for ids in ([], [0, 23], [-1]):
+        rejected(tiny_config, "word_end_ids must hold ids from 0 to 22", segmenter="words", word_end_ids=ids)
+
+
 @pytest.mark.parametrize("build", BUILDERS)
 def test_what_the_models_cannot_do(build):
     rejected(build, "tie_word_embeddings=true is not supported", tie_word_embeddings=True)

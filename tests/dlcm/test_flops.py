@@ -55,11 +55,16 @@ def counted(model: torch.nn.Module) -> dict[str, float]:
     return stages
 
 
+OPTIONS = {"injection": "every", "clean_start": True}
+MODULES = {"head": "lm_head", "skip": "skip_proj"}  # where their name is not that of the stage
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "options"])
 @pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
-def test_dlcm_stages_match_the_counter(segmenter):
+def test_dlcm_stages_match_the_counter(segmenter, options):
     config = DLCMConfig(
         **TOKENS, d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, segmenter=segmenter,
-        target_ratio=4.0, encoder_layers=2, backbone_layers=3, decoder_layers=1, d_scan=48,
+        target_ratio=4.0, encoder_layers=2, backbone_layers=3, decoder_layers=1, d_scan=48, **options,
     )  # fmt: skip
     model = DLCMForCausalLM(config)
     ratio = config.target_ratio
@@ -67,9 +72,10 @@ def test_dlcm_stages_match_the_counter(segmenter):
         model.detector.threshold, ratio = 0.0, 1.0
     expected = forward_flops(config, LENGTH, ratio).stages
     actual = counted(model)
+    assert ("skip" in expected and "injection" in expected) == bool(options)
     for stage, flops in expected.items():
         # the rest of 2 % is the null slot of each document, which the formula leaves out
-        assert actual.get("lm_head" if stage == "head" else stage, 0) == pytest.approx(flops, rel=0.02), stage
+        assert actual.get(MODULES.get(stage, stage), 0) == pytest.approx(flops, rel=0.02), stage
 
 
 def test_cross_attention_is_the_same_function_whatever_runs_it():
@@ -133,20 +139,23 @@ def test_parameters_of_every_configuration_are_exact(path: Path):
     assert sum(parameter_counts(config).values()) == built(config).num_parameters()
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"injection": "first"}], ids=["", "options", "first"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("smoothing", ["adjacent", "none"])
 @pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
-def test_parameters_are_exact_stage_by_stage(segmenter: str, smoothing: str, qk_norm: bool):
+def test_parameters_are_exact_stage_by_stage(segmenter: str, smoothing: str, qk_norm: bool, options: dict):
     shapes = dict(d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, d_scan=48)
-    config = DLCMConfig(**TOKENS, **shapes, segmenter=segmenter, smoothing=smoothing, qk_norm=qk_norm)
+    config = DLCMConfig(**TOKENS, **shapes, segmenter=segmenter, smoothing=smoothing, qk_norm=qk_norm, **options)
     model = built(config)
     modules = {
         "embedding": [model.embed_tokens],
-        "encoder": [model.encoder],
+        "encoder": [model.encoder, *([model.encoder_norm] if config.clean_start else [])],
         "detector": [model.detector],
         "pooling": [model.pooling],
         "backbone": [model.backbone, model.backbone_norm, model.smoothing],
         "cross_attention": [model.cross_attention],
+        **({"skip": [model.skip_proj]} if config.clean_start else {}),
+        **({"injection": [model.injection]} if model.injection is not None else {}),
         "decoder": [model.decoder, model.decoder_norm],
         "head": [model.lm_head],
     }
@@ -171,7 +180,7 @@ def test_training_matches_the_counter_stage_by_stage():
 
 
 CONFIGS = [
-    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160),
+    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, **OPTIONS),
     LlamaBaselineConfig(**TOKENS, num_layers=3),
 ]
 

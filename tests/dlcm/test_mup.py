@@ -38,14 +38,23 @@ CONCEPT_MATRICES = ["backbone.layers.1.attention.o_proj.weight", "backbone.layer
         ("cross_attention.k_norm.weight", "gain"),
         ("smoothing.mix", "smoothing"),
         ("cross_attention.null_slot", "null_slot"),
+        ("encoder_norm.weight", "gain"),
+        ("cross_attention.gate", "gate"),
+        ("injection.gate", "gate"),
+        ("injection.up_proj.weight", "concept_matrix"),
+        ("skip_proj.weight", "skip_matrix"),
     ],
 )
 def test_roles_by_name(name: str, role: str):
     assert role_of(name).name == role
-    assert name in dict(tiny_dlcm(qk_norm=True).named_parameters())
+    assert name in dict(with_all_options().named_parameters())
 
 
-@pytest.mark.parametrize("build", [tiny_dlcm, tiny_baseline])
+def with_all_options(qk_norm: bool = True) -> DLCMForCausalLM:
+    return tiny_dlcm(qk_norm=qk_norm, clean_start=True, injection="every")
+
+
+@pytest.mark.parametrize("build", [with_all_options, tiny_baseline])
 def test_every_matrix_scales_with_the_width_of_its_fan_in(build):
     """Read off the shapes: no two widths are alike, so the number of columns says what a matrix reads."""
     model = build(qk_norm=True)
@@ -59,7 +68,7 @@ def test_every_matrix_scales_with_the_width_of_its_fan_in(build):
         assert role_of(name).fan_in == expected, name
 
 
-@pytest.mark.parametrize("build", [tiny_dlcm, tiny_baseline])
+@pytest.mark.parametrize("build", [with_all_options, tiny_baseline])
 def test_every_role_survives_wrapping(build):
     """Names as torch.compile, DDP, FSDP and checkpointing of layers leave them, nested too."""
     model = build()
@@ -73,7 +82,7 @@ def test_every_role_survives_wrapping(build):
 
 
 def test_every_pattern_is_used():
-    names = [name for model in (tiny_dlcm(), tiny_baseline()) for name, _ in model.named_parameters()]
+    names = [name for model in (with_all_options(), tiny_baseline()) for name, _ in model.named_parameters()]
     assert {id(role_of(name)) for name in names} == {id(role) for _, role in ROLES}
 
 

@@ -29,6 +29,8 @@ OPTIONS = [
         ["learned", "rule", "fixed"], ["closed", "inclusive"], ["adjacent", "none"]
     )
 ]
+OPTIONS += [{"segmenter": "words", "visibility": visibility} for visibility in ("closed", "inclusive")]
+OPTIONS += [{"injection": "every", "visibility": "closed"}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 
 

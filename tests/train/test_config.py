@@ -168,6 +168,16 @@ def test_refused_for_the_baseline(llama_yaml: Path, override: str, message: str)
         load_run_config(llama_yaml, [override])
 
 
+def test_a_target_ratio_that_moves_needs_a_ratio_loss(dlcm_yaml: Path):
+    load_run_config(dlcm_yaml, ["schedule.target_ratio_initial=2"])
+    without = ["optimizer.lr_boundary=null", "schedule.sharpening_final=null", "schedule.target_ratio_initial=2"]
+    load_run_config(dlcm_yaml, [*without, "model.segmenter=rule"])
+    with pytest.raises(ConfigError, match=r"schedule\.target_ratio_initial: this model has no ratio loss"):
+        load_run_config(dlcm_yaml, [*without, "model.segmenter=fixed"])
+    with pytest.raises(ConfigError, match=r"schedule\.target_ratio_initial is 1\.0, but must be above 1"):
+        load_run_config(dlcm_yaml, ["schedule.target_ratio_initial=1"])
+
+
 def test_sharpening_needs_a_segmenter_that_samples(dlcm_yaml: Path):
     load_run_config(dlcm_yaml, ["schedule.sharpening_final=4"])
     rule = ["model.segmenter=rule", "optimizer.lr_boundary=null"]

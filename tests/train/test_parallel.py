@@ -105,6 +105,7 @@ STEPS, HALF = 4, 2
 SPIKE = 2  # counted from 0: the first step from which a run goes on
 WATCHED = {"deviations": 10.0, "window": 2}
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
+PATHS = {"aux_loss_weight": 0.5, "clean_start": True, "injection": "every"}  # whose parameters are of no block
 Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
 
 
@@ -184,6 +185,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.run_here(runs.start("one", 4))
     runs.run_here(runs.start("few", 2))
     runs.run_here(runs.start("llama", 4, "llama"))
+    runs.run_here(runs.start("paths", 4, model=PATHS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.pretrain, "forward_backward", spiking(train.pretrain.forward_backward))
         runs.run_here(runs.start("spiked-one", 4, spikes=WATCHED))
@@ -204,6 +206,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("fsdp", 2, parallel=FSDP),
         runs.start("few-fsdp", 1, parallel=FSDP),
         runs.start("llama-fsdp", 2, "llama", parallel=FSDP, activation_checkpointing="full"),
+        runs.start("paths-fsdp", 2, parallel=FSDP, model=PATHS),
         runs.start("compiled-fsdp", 2, parallel=FSDP, activation_checkpointing="full", compile=True),
         runs.start("bf16-ddp", 2, precision="bf16"),
         runs.start("bf16-fsdp", 2, precision="bf16", parallel=FSDP),
@@ -258,6 +261,7 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
         ("few-ddp", "few"),
         ("few-fsdp", "few"),
         ("llama-fsdp", "llama"),
+        ("paths-fsdp", "paths"),
         ("spiked-ddp", "spiked-one"),
         ("spiked-fsdp", "spiked-one"),
     ],

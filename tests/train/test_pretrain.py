@@ -27,6 +27,7 @@ import train.step as step_module
 from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
+from dlcm.global_parser import ratio_loss
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import (
     KINDS,
@@ -35,6 +36,7 @@ from train.checkpoint import (
     TrainingState,
     has_checkpoints,
     latest_checkpoint,
+    load_model_config,
     load_state,
     verify_checkpoint,
 )
@@ -45,7 +47,7 @@ from train.evaluate import evaluate
 from train.metrics import WALL_CLOCK, read_metrics
 from train.pretrain import build_model, check_continues, main, open_shards
 from train.step import CE, StepSums, forward_backward, mean_losses
-from train.tokenizer import load_tokenizer
+from train.tokenizer import byte_tokenizer, load_tokenizer, word_end_ids
 
 ARCHITECTURES = list(MODELS)
 
@@ -561,13 +563,16 @@ def test_compiling_without_a_compiler_is_refused(
 # --- the numbers ---
 
 
-def test_logged_numbers_are_consistent(data: Path, tmp_path: Path):
+@pytest.mark.parametrize("segmenter", ["fixed", "words"])
+def test_logged_numbers_are_consistent(data: Path, tmp_path: Path, segmenter: str):
     run_dir = tmp_path / "run"
     without_detector = {"optimizer": {"lr_boundary": None}, "schedule": {"sharpening_final": None}}
     config = write_config(
-        tmp_path / "run.yaml", "dlcm", data, run_dir, model={"segmenter": "fixed"}, **without_detector
+        tmp_path / "run.yaml", "dlcm", data, run_dir, model={"segmenter": segmenter}, **without_detector
     )
     assert main([str(config)]) == 0
+    saved = load_model_config(latest_checkpoint(run_dir))
+    assert saved.word_end_ids == (word_end_ids(byte_tokenizer()) if segmenter == "words" else None)
     lines = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
     assert [line["tokens"] for line in lines] == [128 * step for step in range(1, 9)]
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -580,6 +585,19 @@ def test_logged_numbers_are_consistent(data: Path, tmp_path: Path):
     upper = 3 * forward_flops(model_config, 32, 1.0).total * 128
     lower = 3 * forward_flops(model_config, 1, 32.0).total * 128
     assert 8 * lower < lines[-1]["flops"] < 8 * upper
+
+
+def test_the_ratio_loss_follows_a_target_that_moves(data: Path, tmp_path: Path):
+    """Each logged loss is Eq. 10 at the target of its step; after the decay's start it is the model's."""
+    schedule = {"target_ratio_initial": 9.0, "steps": 8, "decay_fraction": 0.25}
+    config = write_config(tmp_path / "run.yaml", "dlcm", data, tmp_path / "run", schedule=schedule)
+    assert main([str(config)]) == 0
+    targets = []
+    for line in [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]:
+        f, g = (torch.tensor(line[name], dtype=torch.float64) for name in ("boundary_rate", "mean_probability"))
+        targets.append(9.0 * (3 / 9) ** min(1, (line["step"] - 1) / 6))
+        assert line["aux"] == pytest.approx(float(ratio_loss(f, g, targets[-1])), abs=1e-6)
+    assert targets[0] == 9 and targets[-2:] == pytest.approx([3, 3])
 
 
 def test_utilisation_is_of_what_the_model_needs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

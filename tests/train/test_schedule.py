@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import ScheduleConfig
-from train.schedule import decay_start, learning_rate_factor, sharpening
+from train.schedule import decay_start, learning_rate_factor, sharpening, target_ratio
 
 
 @st.composite
@@ -59,3 +59,11 @@ def test_sharpening_runs_from_initial_to_final(schedule: ScheduleConfig, initial
     if start > 1:
         ratios = [math.log(after / before) for before, after in itertools.pairwise(values[:start])]
         assert ratios == pytest.approx([math.log(schedule.sharpening_final / initial) / start] * len(ratios))
+
+
+@given(schedules(), st.floats(1.1, 20), st.floats(1.1, 20))
+def test_the_target_ratio_moves_like_sharpening_and_ends_at_the_models_own(schedule, initial: float, final: float):
+    assert target_ratio(schedule.steps // 2, final, schedule) == final
+    schedule.target_ratio_initial, schedule.sharpening_final = initial, final
+    for step in range(schedule.steps):
+        assert target_ratio(step, final, schedule) == pytest.approx(sharpening(step, initial, schedule))

@@ -50,6 +50,18 @@ def test_runs_are_all_combinations(sweep: Path):
     assert last.output.endswith("sweep/r2_s1")
 
 
+def test_points_may_have_bases_of_their_own(data: Path, tmp_path: Path):
+    write_config(tmp_path / "dlcm.yaml", "dlcm", data, tmp_path / "unused")
+    models = {"a": {}, "b": {"base": "dlcm.yaml"}}
+    _, runs = load_sweep(write_sweep(tmp_path, data, axes={"model": models, "seed": AXES["seed"]}))
+    assert [run.run.model["architecture"] for run in runs] == ["llama", "llama", "dlcm", "dlcm"]
+    assert [run.run.seed for run in runs] == [0, 1, 0, 1] and runs[-1].run.output.endswith("sweep/b_s1")
+    twice = {"one": {"x": models["b"]}, "two": {"y": models["b"]}}
+    for axes, base in (({"model": models}, None), (twice, "base.yaml")):
+        with pytest.raises(ConfigError, match="no base, or several"):
+            load_sweep(write_sweep(tmp_path, data, axes=axes, base=base))
+
+
 def test_each_run_is_run_once_and_results_are_those_of_runs(
     sweep: Path, launched: list[str], capsys: pytest.CaptureFixture[str]
 ):

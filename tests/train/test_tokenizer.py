@@ -22,6 +22,7 @@ from train.tokenizer import (
     tokenizer_hash,
     train_bpe,
     vocabulary_size,
+    word_end_ids,
 )
 
 TEXTS = [
@@ -40,6 +41,29 @@ def bpe() -> PreTrainedTokenizerFast:
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def test_words_end_with_bytes_that_are_no_part_of_one() -> None:
+    ids = word_end_ids(byte_tokenizer())
+    assert ids == sorted(ids) and {256, 257} < set(ids)
+    inside = set(range(256)) - set(ids)
+    letters = {ord(c) for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"}
+    assert inside == letters | set(range(0x80, 0xC0))  # and bytes within characters
+
+
+def test_longer_tokens_end_words_by_their_last_byte(bpe: PreTrainedTokenizerFast) -> None:
+    ids, vocabulary = set(word_end_ids(bpe)), bpe.get_vocab()
+    lengths = token_byte_lengths(bpe)
+    longer = [token for token, token_id in vocabulary.items() if lengths[token_id] > 1]
+    ending = {bpe.decode([vocabulary[token]]) for token in longer if vocabulary[token] in ids}
+    assert {" *", "):\n"} & ending and not any(text[-1:].isalnum() for text in ending)
+    assert {bpe.bos_token_id, bpe.eos_token_id, vocabulary["."]} < ids and vocabulary["Ġt"] not in ids
+
+
+def test_words_of_tokens_that_are_not_bytes() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    with pytest.raises(TokenizerError, match="needs a byte-level tokenizer"):
+        word_end_ids(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 @given(text=ANY_TEXT)
