@@ -36,6 +36,7 @@ from dlcm.layout import (
     PackedLayout,
     closing,
 )
+from dlcm.selfcompress.quantiser import quantise_linears_
 
 
 @dataclass
@@ -114,6 +115,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
         self.concept_rooms = ConceptRooms()
+        quantise_linears_(self, config)
         self.post_init()
 
     def forward(

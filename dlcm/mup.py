@@ -59,6 +59,8 @@ CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
 BOUNDARY_MATRIX = Role("boundary_matrix", "boundary", "token", "identity", decays=False)
 GAIN = Role("gain", "other", None, "ones", decays=False)
 SMOOTHING = Role("smoothing", "other", None, "zeros", decays=False)
+BIT_DEPTH = Role("bit_depth", "other", None, "ones", decays=False)
+EXPONENT = Role("exponent", "other", None, "zeros", decays=False)
 NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
 
 # The first pattern that matches a parameter's name decides.
@@ -76,6 +78,8 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ("backbone.layers.*_proj.weight", CONCEPT_MATRIX),
     ("encoder.layers.*_proj.weight", TOKEN_MATRIX),
     ("decoder.layers.*_proj.weight", TOKEN_MATRIX),
+    ("*_proj.depth", BIT_DEPTH),
+    ("*_proj.exponent", EXPONENT),
 )
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
