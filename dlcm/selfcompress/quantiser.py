@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm.blocks import Block
+from dlcm.causal_lm import PackedCausalLM
 from dlcm.config import TokenBlocksConfig
 from dlcm.cross_attention import CrossAttention
 
@@ -30,7 +31,7 @@ class _StraightThrough(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
 
@@ -81,6 +82,9 @@ def group_shape(weight: Tensor, depth: Tensor) -> tuple[int, int]:
 
 class QuantisedLinear(nn.Linear):
     """y = x q(W)^T, with the weights of a plain layer and, of each group, the bit depth and the exponent."""
+
+    depth: nn.Parameter
+    exponent: nn.Parameter
 
     def __init__(self, linear: nn.Linear, rows: int, columns: int | None):
         assert linear.bias is None
@@ -134,7 +138,7 @@ class TernaryLinear(nn.Linear):
         return codes[None, :, None], scale.view(1, 1)
 
 
-Quantised = QuantisedLinear | TernaryLinear
+Quantised = QuantisedLinear | TernaryLinear  # both have `quantised_weight` and `codes`
 
 
 def quantise_linears_(model: nn.Module, config: TokenBlocksConfig) -> None:
@@ -157,7 +161,7 @@ def quantised_linears(model: nn.Module) -> dict[str, Quantised]:
 
 
 @torch.no_grad()
-def plain_(model: nn.Module) -> None:
+def plain_(model: PackedCausalLM) -> None:
     """Makes plain layers, of the rounded weights, of all that round: what they are after training, and faster."""
     for parent, name, linear in _linears(model):
         if isinstance(linear, Quantised):

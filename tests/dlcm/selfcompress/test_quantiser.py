@@ -181,7 +181,7 @@ def test_every_parameter_learns(builder: Any):
 
 
 def test_compiled_blocks_compute_the_same():
-    model = fitted(tiny_dlcm, 2.5)
+    model = fitted(tiny_baseline, 2.5)
     batch = arrange(random_documents([9, 17], 0), "packed")
     expected = model(**batch.inputs).logits
     compiled = copy.deepcopy(model)
