@@ -65,7 +65,8 @@ def distribute(
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
     else:
         mesh = init_device_mesh(device.type, (ranks.size,))
-    policy = BF16_BLOCKS if bf16 else MixedPrecisionPolicy()
+    # Bit depths, exponents and the weights that they round must not lose bits on the way.
+    policy = BF16_BLOCKS if bf16 and model.config.quantiser == "none" else MixedPrecisionPolicy()
     for block in [module for module in model.modules() if isinstance(module, Block | CrossAttention)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
@@ -95,6 +96,11 @@ def gradients_travel(parallel: nn.Module, travel: bool) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Where it is sharded, every rank must ask, and every rank is given it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; to change it is to change the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def owned_tensors(tensors: Mapping[str, Tensor], owner: Mapping[str, int], rank: int) -> Iterator[tuple[str, Tensor]]:

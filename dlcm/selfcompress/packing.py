@@ -124,8 +124,23 @@ def save_packed(model: Model, directory: Path, rest: str) -> Path:
     return directory / PACKED
 
 
-def load_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> Model:
-    """The model of a packed file, with plain weights, in fp32 and evaluation mode.
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """What a packed file holds.
+
+    Attributes:
+        model: on the meta device, its weights rounded in the forward pass.
+        matrices: of its layers that round, by name.
+        rest: all other tensors, by name.
+    """
+
+    model: Model
+    matrices: dict[str, PackedMatrix]
+    rest: dict[str, Tensor]
+
+
+def read_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> PackedModel:
+    """Reads a packed file, whose every length is checked.
 
     Args:
         directory: holds `model.packed`.
@@ -146,12 +161,25 @@ def load_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> Mo
         raise PackedError(f"{path}: no packed file ({error}); pack the checkpoint again") from error
     with torch.device("meta"):
         model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
-    state = _weights(path, model, tensors)
+    matrices, rest = _matrices(path, model, tensors), {}
     for name, expected in _not_rounded(model).items():
         found = tensors.get(name)
         if found is None or found.shape != expected.shape or found.dtype not in DTYPES.values():
             raise PackedError(f"{path}: {name} is missing, or of another shape; pack the checkpoint again")
-        state[name] = found.float()
+        rest[name] = found
+    return PackedModel(model, matrices, rest)
+
+
+def load_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> Model:
+    """The model of a packed file, with plain weights, in fp32 and evaluation mode.
+
+    Args, Raises: see `read_packed`.
+    """
+    packed = read_packed(directory, config)
+    model, state = packed.model, {name: x.float() for name, x in packed.rest.items()}
+    for name, layer in quantised_linears(model).items():
+        shape = layer.out_features, layer.in_features
+        state[f"{name}.weight"] = unpack_matrix(packed.matrices[name], shape, *group_of(layer))
     plain_(model)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -168,37 +196,26 @@ def _check_size(path: Path, config: DLCMConfig | LlamaBaselineConfig, shapes: di
         raise PackedError(f"{path}: config.json is of {numbers:,} numbers, which this file does not hold")
 
 
-def _weights(path: Path, model: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The matrices by name, from the four arrays, every length of which is checked."""
-    widths, minimums, scales, codes = (tensors[name].numpy() for name in ARRAYS)
-    kinds = [x.dtype.name for x in (widths, minimums, scales, codes)]
+def _matrices(path: Path, model: Model, tensors: dict[str, Tensor]) -> dict[str, PackedMatrix]:
+    """The matrices by name, cut out of the four arrays."""
+    arrays = [tensors[name].numpy() for name in ARRAYS]
+    kinds = [x.dtype.name for x in arrays]
     if kinds != ["uint8", "int8", "float32", "uint8"]:
         raise PackedError(f"{path}: {', '.join(ARRAYS)} are {', '.join(kinds)}; pack the checkpoint again")
-    layers = quantised_linears(model)
-    groups, lives, sizes = 0, 0, 0
-    state = {}
+    widths, minimums, scales, codes = arrays
+    layers, matrices = quantised_linears(model), {}
     for name in sorted(layers):
-        shape = layers[name].out_features, layers[name].in_features
         rows, columns = group_of(layers[name])
-        number = shape[0] * shape[1] // (rows * columns)
-        own = widths[groups : groups + number]
-        live = int((own > 0).sum())
-        nbytes = -(-int(own.sum(dtype=np.int64)) * rows * columns // 8)
-        matrix = PackedMatrix(
-            own, minimums[lives : lives + live], scales[lives : lives + live], codes[sizes : sizes + nbytes]
-        )
-        groups, lives, sizes = groups + number, lives + live, sizes + nbytes
-        if (
-            groups > len(widths)
-            or own.max() > MAX_BITS
-            or lives > min(len(minimums), len(scales))
-            or sizes > len(codes)
-        ):
+        groups = layers[name].out_features * layers[name].in_features // (rows * columns)
+        own = widths[:groups]
+        live, nbytes = int((own > 0).sum()), -(-int(own.sum(dtype=np.int64)) * rows * columns // 8)
+        if len(own) < groups or own.max() > MAX_BITS or live > min(len(minimums), len(scales)) or nbytes > len(codes):
             raise PackedError(f"{path}: ends within {name}, or is damaged there; pack the checkpoint again")
-        state[f"{name}.weight"] = unpack_matrix(matrix, shape, rows, columns)
-    if (groups, lives, lives, sizes) != (len(widths), len(minimums), len(scales), len(codes)):
+        matrices[name] = PackedMatrix(own, minimums[:live], scales[:live], codes[:nbytes])
+        widths, minimums, scales, codes = widths[groups:], minimums[live:], scales[live:], codes[nbytes:]
+    if any(map(len, (widths, minimums, scales, codes))):
         raise PackedError(f"{path}: has more groups than config.json's model; pack the checkpoint again")
-    return state
+    return matrices
 
 
 def group_of(layer: torch.nn.Module) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from dlcm.config import TokenBlocksConfig
 from dlcm.cross_attention import CrossAttention
 
 MAX_BITS = 8
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 QUANTISER_PARAMETERS = ("depth", "exponent")  # names of what a layer has besides weights
 
 
@@ -101,13 +102,19 @@ class QuantisedLinear(nn.Linear):
         return F.linear(input, self.quantised_weight())
 
     @torch.no_grad()
-    def fit_(self, bits: float) -> None:
-        """Sets every depth to `bits`, and the exponent so that the group's largest weight is just not clipped."""
+    def fit_(self, bits: int) -> None:
+        """Gives every group so many bits, and the exponent with which its largest weight is just not clipped.
+
+        Depths are spread over all that round up to these bits. Were they equal, groups that are pressed alike would
+        lose their bits in the same step, and their last ones, too: no mean below 1 could be held.
+        """
         rows, columns = group_shape(self.weight, self.depth)
         x = self.weight.view(self.depth.shape[0], rows, self.depth.shape[1], columns)
         largest = x.abs().amax((1, 3)).clamp(min=torch.finfo(x.dtype).tiny)
-        self.depth.fill_(bits)
-        self.exponent.copy_(largest.log2() - (self.depth.ceil() - 1))
+        number = torch.arange(self.depth.numel(), dtype=torch.float64, device=self.depth.device)
+        spread = (0.5 + number * GOLDEN_RATIO).frac()  # evenly, and neighbours far apart
+        self.depth.copy_(bits - spread.view_as(self.depth))
+        self.exponent.copy_(largest.log2() - (bits - 1))
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:

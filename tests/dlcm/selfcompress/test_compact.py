@@ -20,7 +20,7 @@ def pruned(builder: Any, share: float, seed: int = 0, dtype: torch.dtype = torch
     model = builder(seed, quantiser="bits", **overrides)
     generator = torch.Generator().manual_seed(seed)
     for layer in quantised_linears(model).values():
-        layer.fit_(3.0)
+        layer.fit_(3)
         dead = torch.rand(layer.depth.shape, generator=generator) < share
         layer.depth.data.masked_fill_(dead, 0)
     plain_(model)

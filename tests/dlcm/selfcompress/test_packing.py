@@ -35,7 +35,7 @@ def trained(builder: Any, **overrides: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for layer in quantised_linears(model).values():
         if hasattr(layer, "depth"):
-            layer.fit_(3.0)
+            layer.fit_(3)
             layer.depth.data = torch.randint(0, 9, layer.depth.shape, generator=generator).float()
             layer.exponent.data += torch.randn(layer.exponent.shape, generator=generator)
     return model
@@ -92,7 +92,7 @@ def test_the_file_is_as_large_as_predicted(rest: str, tmp_path: Path):
     model = trained(tiny_baseline, d_token=64, token_ffn=128)
     for layer in quantised_linears(model).values():
         depth = layer.depth.clone()
-        layer.fit_(8.0)
+        layer.fit_(8)
         layer.depth.data = depth
         layer.exponent.data += 8 - depth  # just wide enough
     size, path = predicted_size(model, rest), save_packed(model, tmp_path, rest)
