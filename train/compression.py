@@ -25,7 +25,7 @@ from dlcm.host import OnHost
 from dlcm.selfcompress.quantiser import MAX_BITS, QUANTISER_PARAMETERS, QuantisedLinear
 from train.checkpoint import TrainingState
 from train.config import RunConfig
-from train.parallel import local, whole
+from train.parallel import local, over_parts, whole
 from train.step import Model
 
 RESPONSE, LEAST_RESPONSE = 0.02, 20  # of all steps, and in steps: AdamW's momentum must have time to follow
@@ -69,7 +69,10 @@ class BitPenalty:
     def __init__(self, run: RunConfig, model: Model, state: TrainingState):
         self._compression, self._steps = run.compression, run.schedule.steps
         self._depths = {name: (layer.depth, _weights_in_group(layer)) for name, layer in _layers(model).items()}
-        self._total = _number_of_weights(model)
+        total = _number_of_weights(model)
+        # Each group's part of all weights, of those that this rank holds. All at once, they cost a GPU few kernels.
+        self._shares = [torch.full_like(local(depth), size / total) for depth, size in self._depths.values()]
+        self._share_G = torch.cat([share.flatten() for share in self._shares]).double()
         self._held = torch.tensor(state.gamma, dtype=torch.float64, device=model.device)
         self._gamma = torch.zeros_like(self._held)
 
@@ -94,19 +97,29 @@ class BitPenalty:
             per_bit = compression.eps / compression.lr  # the gamma that takes a bit a step
             gain = per_bit / response
             falling = per_bit * fall / (compression.ramp * self._steps) if arrived < 1 else 0.0
-            stored, expected = bits_a_weight(self._depths.values()), expected_bits(self._depths.values())
+            stored, expected = self._bits()
             self._held = (self._held + gain * (stored - wanted) / (HOLDING * response)).clamp(min=0)
             self._gamma = (falling + self._held + gain * (expected - wanted)).clamp(min=0)
-        for depth, size in self._depths.values():
-            assert depth.grad is not None
-            gradient = local(depth.grad)
-            gradient.add_(self._gamma.to(gradient.dtype) * (size / self._total))
+        gradients = [local(depth.grad) for depth, _ in self._depths.values() if depth.grad is not None]
+        torch._foreach_add_(gradients, torch._foreach_mul(self._shares, self._gamma.to(self._shares[0].dtype)))
 
     @torch.no_grad()
     def project_(self) -> None:
         """Brings depths back to 0 to 8 bits. To be called after the optimizer's step."""
-        for depth, _ in self._depths.values():
-            local(depth).clamp_(0, MAX_BITS)
+        depths = [local(depth) for depth, _ in self._depths.values()]
+        torch._foreach_clamp_min_(depths, 0)
+        torch._foreach_clamp_max_(depths, MAX_BITS)
+
+    @torch.no_grad()
+    def _bits(self) -> Tensor:
+        """(2,): bits a weight as they are stored, and as they would be if depths lay anywhere between whole numbers.
+
+        The latter does not jump where many cross one together.
+        """
+        depths = [depth for depth, _ in self._depths.values()]
+        depth_G = torch.cat([local(depth).flatten() for depth in depths]).double()
+        bits_2G = torch.stack([depth_G.ceil(), depth_G + 0.5 * (depth_G > 0)])
+        return over_parts(bits_2G @ self._share_G, depths[0])
 
     def metrics(self) -> dict[str, float]:
         """Bits a weight, whole and by stage, the share of each stage's weights that have none, and gamma; waits.
@@ -129,11 +142,6 @@ class BitPenalty:
 def bits_a_weight(depths: Iterable[Depth]) -> Tensor:
     """The mean of bits that depths allow for, on the device; all ranks must ask."""
     return _mean([(depth.detach().clamp(0, MAX_BITS).ceil(), size) for depth, size in depths])
-
-
-def expected_bits(depths: Iterable[Depth]) -> Tensor:
-    """The same, if depths lay anywhere between whole numbers: it does not jump where many cross one together."""
-    return _mean([(depth.detach() + 0.5 * (depth.detach() > 0), size) for depth, size in depths])
 
 
 def dead_share(depths: Iterable[Depth]) -> Tensor:

@@ -103,6 +103,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def over_parts(values: Tensor, tensor: Tensor) -> Tensor:
+    """Sums, in place, what ranks have found of their parts of a tensor, over those that hold one copy of it."""
+    if isinstance(tensor, DTensor):
+        dist.all_reduce(values, group=tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1))
+    return values
+
+
 def owned_tensors(tensors: Mapping[str, Tensor], owner: Mapping[str, int], rank: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors that this `rank` owns, whole. All ranks must ask, for all of them.
 

@@ -84,7 +84,7 @@ def test_sizes_are_told_in_bits_for_each_weight_of_the_largest_model():
 # Sweeps
 
 
-@pytest.mark.parametrize(("name", "runs", "seeds"), [("frontier", 39, 3), ("stages", 12, 3), ("tiny", 8, 1)])
+@pytest.mark.parametrize(("name", "runs", "seeds"), [("frontier", 42, 3), ("stages", 12, 3), ("tiny", 8, 1)])
 def test_sweeps_are_runs_of_what_their_labels_say(name: str, runs: int, seeds: int):
     _, planned = load_sweep(CONFIGS / f"{name}.yaml")
     assert len(planned) == runs and len({one.labels["seed"] for one in planned}) == seeds
