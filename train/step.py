@@ -225,8 +225,8 @@ def update_parameters(
     skipped = (~finite | spike).float()
     optimizer.grad_scale = (grad_norm / clip_norm).clamp(min=1)  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
-    for gradient in unclipped:
-        local(gradient).mul_(optimizer.grad_scale)  # type: ignore[attr-defined]  # the optimizer divides all by it
+    if unclipped:  # the optimizer will divide all by it
+        torch._foreach_mul_(list(map(local, unclipped)), optimizer.grad_scale)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     return Outcome(grad_norm, skipped, spike.float())

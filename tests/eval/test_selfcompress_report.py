@@ -9,7 +9,7 @@ import yaml
 
 from dlcm.flops import parameter_counts
 from eval.bench import Row
-from eval.selfcompress_report import bars, main, means
+from eval.selfcompress_report import bars, main, means, ternary_lines
 from tests.train.conftest import launched
 from tests.train.tiny import prepare_tiny, write_config
 from train.config import build_model_config, load_run_config
@@ -147,3 +147,8 @@ def test_a_small_frontier_has_the_order_that_it_should(tmp_path: Path):
 def test_no_results_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path)]) == 2
     assert "run train.sweep first" in capsys.readouterr().err
+
+
+def test_ternary_files_are_also_told_as_five_weights_to_a_byte():
+    rows = [*ROWS, row("ternary", 1.6, 250, bytes_in_base_3=200.0)]
+    assert "would have 200 bytes" in ternary_lines(means(rows)["ternary"])[0]
