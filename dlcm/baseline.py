@@ -17,6 +17,7 @@ from dlcm.causal_lm import PackedCausalLM
 from dlcm.config import LlamaBaselineConfig
 from dlcm.decoding import Call, directly
 from dlcm.layout import Extension
+from dlcm.selfcompress.quantiser import quantise_linears_
 
 
 @dataclass
@@ -42,6 +43,7 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
         self.decoder = TransformerStack(token_block_shape(config), config.num_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
+        quantise_linears_(self, config)
         self.post_init()
 
     def forward(
@@ -94,11 +96,13 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
         """The same model as `transformers`' LLaMA, with a copy of the weights.
 
         Raises:
-            ValueError: qk_norm is on; LLaMA has none.
+            ValueError: qk_norm is on, which LLaMA has not, or weights are rounded in the forward pass.
         """
         config = self.config
         if config.qk_norm:
             raise ValueError("to_llama() needs qk_norm=false: transformers' LLaMA has no RMSNorm on queries and keys")
+        if config.quantiser != "none":
+            raise ValueError("to_llama() needs plain weights: call dlcm.selfcompress.quantiser.plain_(model) first")
         llama = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=config.vocab_size,

@@ -25,6 +25,7 @@ AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen",
 CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
 SlotWeighting = Literal["replication", "uniform"]
 Injection = Literal["off", "first", "every"]
+Quantiser = Literal["none", "bits", "ternary"]
 
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -66,6 +67,9 @@ class TokenBlocksConfig(PreTrainedConfig):
     initializer_range: float = 0.02  # sigma_base of section 6.1, at mup_base_width
     mup_base_width: int | None = 256  # d_base of section 6.1; None is the standard parametrisation
     attention_backend: AttentionBackend = "auto"  # see attention.py
+    quantiser: Quantiser = "none"  # of the weights of blocks and cross-attention, see selfcompress/quantiser.py
+    quantiser_rows: int = 1  # of a group of weights that share a bit depth
+    quantiser_columns: int | None = None  # of a group; None: all, so that with one row it is an output channel
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -99,8 +103,28 @@ class TokenBlocksConfig(PreTrainedConfig):
         _check_heads("token", self.d_token, self.token_heads, self.token_kv_heads)
         if self.mup_base_width is not None:
             _check_positive(self, "mup_base_width")
+        self._check_groups("token", self.d_token, self.token_heads, self.token_kv_heads, self.token_ffn)
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is not supported: the paper's embeddings are untied")
+
+    def groups(self, rows: int, columns: int) -> int:
+        """Groups of weights, each with a bit depth and an exponent, in a matrix of these; 0 where there are none."""
+        if self.quantiser != "bits":
+            return 0
+        return rows // self.quantiser_rows * (columns // (self.quantiser_columns or columns))
+
+    def _check_groups(self, stage: str, width: int, heads: int, kv_heads: int | None, ffn: int) -> None:
+        rows, columns = self.quantiser_rows, self.quantiser_columns
+        if rows < 1 or (columns is not None and columns < 1):
+            raise ValueError(f"quantiser_rows={rows} and quantiser_columns={columns} must be at least 1")
+        if self.quantiser != "bits":
+            return
+        kv_width = width // heads * (kv_heads or heads)
+        for what, size in ((f"d_{stage}", width), (f"{stage}_ffn", ffn), (f"{stage} keys' width", kv_width)):
+            if size % rows:
+                raise ValueError(f"quantiser_rows={rows} does not divide {what} {size}: choose a divisor")
+            if columns is not None and size != kv_width and size % columns:
+                raise ValueError(f"quantiser_columns={columns} does not divide {what} {size}: choose a divisor")
 
 
 @checked
@@ -182,6 +206,7 @@ class DLCMConfig(TokenBlocksConfig):
         _check_positive(self, "d_concept", "concept_ffn", "encoder_layers", "backbone_layers", "decoder_layers")
         _check_positive(self, "d_scan", "sharpening")
         _check_heads("concept", self.d_concept, self.concept_heads, self.concept_kv_heads)
+        self._check_groups("concept", self.d_concept, self.concept_heads, self.concept_kv_heads, self.concept_ffn)
         if not (math.isfinite(self.target_ratio) and self.target_ratio >= 1):
             raise ValueError(f"target_ratio={self.target_ratio} must be at least 1 token per concept")
         if self.target_ratio == 1 and self.has_ratio_loss:

@@ -70,6 +70,8 @@ def parameter_counts(config: Config) -> dict[str, int]:
     cross += config.d_token + config.d_concept + 2 * token.head_dim  # norms, and the null slot
     if config.clean_start:
         cross += config.d_token  # the gate
+    cross += 2 * 2 * config.groups(config.d_token, config.d_token)
+    cross += 2 * 2 * config.groups(token.kv_width, config.d_concept)
     return {
         "embedding": table,
         "encoder": config.encoder_layers * _block_parameters(token) + (config.d_token if config.clean_start else 0),
@@ -90,7 +92,14 @@ def _options(config: DLCMConfig, skip: float, injection: float) -> dict[str, Any
 
 def _block_parameters(shape: BlockShape) -> int:
     norms = 2 * shape.width + (2 * shape.head_dim if shape.config.qk_norm else 0)
-    return _block_products(shape) + norms
+    return _block_products(shape) + norms + _bit_parameters(shape)
+
+
+def _bit_parameters(shape: BlockShape) -> int:
+    """Bit depths and exponents of a block's seven matrices, where it learns any (see `dlcm.selfcompress`)."""
+    groups, width = shape.config.groups, shape.width
+    attention = 2 * groups(width, width) + 2 * groups(shape.kv_width, width)
+    return 2 * (attention + 2 * groups(shape.ffn, width) + groups(width, shape.ffn))
 
 
 def _block_products(shape: BlockShape) -> int:

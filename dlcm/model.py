@@ -41,6 +41,7 @@ from dlcm.layout import (
     PackedLayout,
     closing,
 )
+from dlcm.selfcompress.quantiser import quantise_linears_
 
 
 @dataclass
@@ -125,6 +126,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
         self.target_ratio = config.target_ratio
         self.concept_rooms = ConceptRooms()
+        quantise_linears_(self, config)
         self.post_init()
 
     def forward(

@@ -62,6 +62,8 @@ SMOOTHING = Role("smoothing", "other", None, "zeros", decays=False)
 # Paths that begin at zero: a gate for each channel behind a matrix drawn as usual, or the matrix itself.
 GATE = Role("gate", "other", None, "zeros", decays=False)
 SKIP_MATRIX = Role("skip_matrix", "token", "token", "zeros")
+BIT_DEPTH = Role("bit_depth", "other", None, "ones", decays=False)
+EXPONENT = Role("exponent", "other", None, "zeros", decays=False)
 NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
 
 # The first pattern that matches a parameter's name decides.
@@ -83,6 +85,8 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ("backbone.layers.*_proj.weight", CONCEPT_MATRIX),
     ("encoder.layers.*_proj.weight", TOKEN_MATRIX),
     ("decoder.layers.*_proj.weight", TOKEN_MATRIX),
+    ("*_proj.depth", BIT_DEPTH),
+    ("*_proj.exponent", EXPONENT),
 )
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 

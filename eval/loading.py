@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.codec import CodecError
+from dlcm.selfcompress.packing import PackedError
 from train.checkpoint import (
     ANOTHER,
     CheckpointError,
@@ -37,7 +38,10 @@ class EvaluationError(ValueError):
     """An evaluation that cannot be done as asked; the message names the remedy."""
 
 
-USER_ERRORS = (EvaluationError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError, CodecError)
+USER_ERRORS = (
+    *(EvaluationError, CheckpointError, ConfigError, DataError, MetricsError, TokenizerError, CodecError),
+    PackedError,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from train.sweep import load_sweep
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Grids and sweeps are held to what they say by tests/train/test_grid.py and tests/eval/test_mup.py.
 MANY = ("scaling", "mup")
-NO_RUNS = ("base", "corpora")  # corpora are held to what they say by tests/train/test_corpora.py
+# Corpora are held to what they say by tests/train/test_corpora.py, sweeps by tests/eval/test_selfcompress_report.py.
+NO_RUNS = ("base", "corpora", "frontier", "stages", "tiny", "tiny_base")
 RUNS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.stem not in NO_RUNS and path.parent.name not in MANY)
 HEADLINE = sorted(path for path in CONFIGS.glob("headline/*/*-*.yaml") if "axes" not in read_yaml(path))
 HEADLINE_SWEEPS = sorted(path for path in CONFIGS.glob("headline/*/*.yaml") if "axes" in read_yaml(path))

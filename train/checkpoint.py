@@ -22,7 +22,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ class TrainingState:
     usual_norm: float = 1.0  # what `train.spikes` knows of gradients: exp(mean of log(norm)),
     norm_variance: float = 0.0  # variance of log(norm),
     norms: int = 0  # and of how many
+    gamma: float = 0.0  # what holds bits at their target (see `train.compression`)
 
 
 def latest_checkpoint(run_dir: Path) -> Path:
@@ -158,7 +159,7 @@ def load_state(directory: Path) -> TrainingState:
     Raises:
         CheckpointError: state.json cannot be read, lacks an entry, or has one that cannot be; names it.
     """
-    content = _read_json(directory / "state.json")
+    content = {"gamma": 0.0} | _read_json(directory / "state.json")  # older ones had no compression
     for entry in dataclasses.fields(TrainingState):
         if entry.name not in content:
             raise CheckpointError(f"{directory}: state.json lacks {entry.name!r}; it is of another version of dlcm")
@@ -322,13 +323,19 @@ def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch
     return load_state(directory)
 
 
-def load_weights(directory: Path, model: PreTrainedModel, dtypes: tuple[str, ...] = FP32) -> None:
-    """Fills the model's tensors, each rank its part.
+def load_weights(
+    directory: Path,
+    model: PreTrainedModel,
+    dtypes: tuple[str, ...] = FP32,
+    without: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Fills the model's tensors, each rank its part; those `without` which it was saved stay as they are.
 
     Raises:
         CheckpointError: names or shapes of those that were saved are not the model's.
     """
-    saved, tensors = SavedTensors(directory, "model", dtypes), model.state_dict()
+    saved = SavedTensors(directory, "model", dtypes)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not without(name)}
     saved.check_shapes(tensors)
     for name, tensor in tensors.items():
         fill_(tensor, saved[name])

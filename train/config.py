@@ -27,6 +27,8 @@ MODEL_CONFIGS: dict[str, type[DLCMConfig] | type[LlamaBaselineConfig]] = {
     "dlcm": DLCMConfig,
     "llama": LlamaBaselineConfig,
 }
+# Model fields that the `compression` section decides, by its own keys.
+FROM_COMPRESSION = {"quantiser": "method", "quantiser_rows": "group_rows", "quantiser_columns": "group_columns"}
 FROM_TOKENIZER = (
     "bos_token_id",
     "eos_token_id",
@@ -56,6 +58,7 @@ POSITIVE = Range("above 0 and finite", lambda value: 0 < value < math.inf)
 ABOVE_ONE = Range("above 1 and finite", lambda value: 1 < value < math.inf)
 NOT_NEGATIVE = Range("0 or more, and finite", lambda value: 0 <= value < math.inf)
 FRACTION = Range("between 0 and 1", lambda value: 0 <= value <= 1)
+BITS = Range("above 0 and at most 8", lambda value: 0 < value <= 8)
 BELOW_ONE = Range("0 or more, and below 1", lambda value: 0 <= value < 1)
 
 
@@ -127,6 +130,26 @@ class OptimizerConfig:
 
 
 @dataclass
+class CompressionConfig:
+    """In how many bits the weights of blocks and cross-attention are trained (see train/compression.py).
+
+    `learned`: each group of weights learns its bits, down to none, so that there are `target_bits` a weight, or under a
+    penalty of `gamma` a bit. `fixed`: `bits`, with learned scales. `ternary`: -1, 0 or 1 times a mean (BitNet b1.58).
+    """
+
+    method: Literal["none", "learned", "fixed", "ternary"] = "none"
+    group_rows: int = within(AT_LEAST_ONE, 1)
+    group_columns: int | None = within(AT_LEAST_ONE, None)  # null: all; with one row, a group is an output channel
+    bits: int = within(BITS, 4)  # at the start; fixed: throughout
+    target_bits: float | None = within(BITS, None)
+    gamma: float | None = within(POSITIVE, None)
+    start: float = within(BELOW_ONE, 0.1)  # share of all steps before anything presses on bits
+    ramp: float = within(FRACTION, 0.5)  # and after it, until the target is wanted, or gamma whole
+    lr: float = within(POSITIVE, 0.5)  # of bits and exponents
+    eps: float = within(POSITIVE, 6.0)  # of their AdamW, as a multiple of the part that a group is of all weights
+
+
+@dataclass
 class SpikesConfig:
     """Which steps are skipped because their gradient is far longer than usual (see train/spikes.py)."""
 
@@ -181,6 +204,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -241,7 +265,12 @@ def build_model_config(run: RunConfig) -> DLCMConfig | LlamaBaselineConfig:
     architecture = fields.pop("architecture", None)
     if str(architecture) not in MODEL_CONFIGS:
         raise ConfigError(f"model.architecture is {architecture!r}; choose one of {', '.join(MODEL_CONFIGS)}")
-    config_class = MODEL_CONFIGS[architecture]
+    config_class, compression = MODEL_CONFIGS[architecture], run.compression
+    if compression.method in ("learned", "fixed"):
+        fields |= {"quantiser": "bits", "quantiser_rows": compression.group_rows}
+        fields |= {"quantiser_columns": compression.group_columns}
+    elif compression.method == "ternary":
+        fields["quantiser"] = "ternary"
     try:
         return config_class(**fields)
     except ValueError as error:
@@ -280,6 +309,7 @@ def validate(run: RunConfig) -> None:
             f"checkpoint.milestone_every is {milestones}, but there are checkpoints every {every} steps; set it to a "
             f"multiple of checkpoint.every"
         )
+    _check_compression(run.compression)
     learned = isinstance(model_config, DLCMConfig) and model_config.segmenter == "learned"
     _check_given("optimizer.lr_concept", rates.lr_concept, isinstance(model_config, DLCMConfig), "concept parameters")
     _check_given("optimizer.lr_boundary", rates.lr_boundary, learned, "a learned segmenter")
@@ -297,6 +327,25 @@ def _check_data(data: DataConfig) -> None:
     for name in data.mixture or {}:
         if re.fullmatch(r"[\w-]+", name) is None:
             raise ConfigError(f"data.mixture: {name!r} is no name for a source; use letters, digits, _ and -")
+
+
+def _check_compression(compression: CompressionConfig) -> None:
+    method, target, gamma = compression.method, compression.target_bits, compression.gamma
+    if method != "learned" and (target is not None or gamma is not None):
+        key = "gamma" if target is None else "target_bits"
+        raise ConfigError(f"compression.{key} is set, but only compression.method=learned reads it; leave it null")
+    if method == "learned" and (target is None) == (gamma is None):
+        raise ConfigError("compression.target_bits or compression.gamma: give one of them, and leave the other null")
+    if target is not None and target >= compression.bits:
+        raise ConfigError(
+            f"compression.target_bits is {target}, not below the {compression.bits} of compression.bits; lower the one "
+            f"or raise the other"
+        )
+    if compression.start + compression.ramp > 1:
+        raise ConfigError(
+            f"compression.start {compression.start} and compression.ramp {compression.ramp} together exceed 1, which "
+            f"is all steps; shorten one of them"
+        )
 
 
 def _check_given(key: str, value: float | None, needed: bool, what: str) -> None:
@@ -342,7 +391,7 @@ def _valid_keys(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         written |= _flatten(content)
     architecture = str(written.get("model.architecture"))
     chosen = [MODEL_CONFIGS[architecture]] if architecture in MODEL_CONFIGS else list(MODEL_CONFIGS.values())
-    generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)} | set(FROM_TOKENIZER)
+    generic = {entry.name for entry in dataclasses.fields(PreTrainedConfig)} | {*FROM_TOKENIZER, *FROM_COMPRESSION}
     names = {entry.name: None for config in chosen for entry in dataclasses.fields(config)}
     keys = ["model.architecture", *(f"model.{name}" for name in names if name not in generic)]
     for entry in dataclasses.fields(RunConfig):
@@ -360,6 +409,8 @@ def _suggestion(key: str, valid: Sequence[str]) -> str:
     leaf, by_leaf = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in valid}
     if leaf in FROM_TOKENIZER:
         return "; the tokenizer decides it"
+    if leaf in FROM_COMPRESSION:
+        return f"; it follows from compression.{FROM_COMPRESSION[leaf]}"
     if leaf in by_leaf:
         return f"; did you mean {by_leaf[leaf]!r}?"
     owners = [name for name, config in MODEL_CONFIGS.items() if leaf in config.__dataclass_fields__]

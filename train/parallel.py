@@ -65,7 +65,8 @@ def distribute(
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
     else:
         mesh = init_device_mesh(device.type, (ranks.size,))
-    policy = BF16_BLOCKS if bf16 else MixedPrecisionPolicy()
+    # Bit depths, exponents and the weights that they round must not lose bits on the way.
+    policy = BF16_BLOCKS if bf16 and model.config.quantiser == "none" else MixedPrecisionPolicy()
     for block in [module for module in model.modules() if isinstance(module, Block | CrossAttention)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
@@ -95,6 +96,18 @@ def gradients_travel(parallel: nn.Module, travel: bool) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Where it is sharded, every rank must ask, and every rank is given it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; to change it is to change the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_parts(values: Tensor, tensor: Tensor) -> Tensor:
+    """Sums, in place, what ranks have found of their parts of a tensor, over those that hold one copy of it."""
+    if isinstance(tensor, DTensor):
+        dist.all_reduce(values, group=tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1))
+    return values
 
 
 def owned_tensors(tensors: Mapping[str, Tensor], owner: Mapping[str, int], rank: int) -> Iterator[tuple[str, Tensor]]:

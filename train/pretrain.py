@@ -30,6 +30,7 @@ from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaseline
 from dlcm.attention import AttentionBackendError
 from dlcm.blocks import recompute_blocks_
 from dlcm.compilation import CompilationError, compile_blocks_
+from dlcm.config import changed
 from dlcm.flops import forward_flops
 from dlcm.mup import parameter_groups
 from train.checkpoint import (
@@ -51,6 +52,7 @@ from train.checkpoint import (
     restore_checkpoint,
     verify_checkpoint,
 )
+from train.compression import BitPenalty, fit_quantisers_, is_of_quantiser, quantiser_groups
 from train.config import (
     ConfigError,
     RunConfig,
@@ -140,14 +142,14 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
     elif run.init_from is not None:
         ranks.on_first(lambda: check_initial_weights(run, model_config, training))
     model = build_model(run, training, tokenizer)
+    if checkpoint is None and run.init_from is not None:
+        load_initial_weights(run, model)
     parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
     optimizer = build_optimizer(run, model)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if checkpoint is not None:
         state = restore_checkpoint(checkpoint, model, optimizer)
         state.world_size = ranks.size
-    elif run.init_from is not None:
-        load_weights(Path(run.init_from), model, FLOATS)
     recompute_blocks_(model, run.activation_checkpointing == "full")
     if run.compile:
         compile_blocks_(model)
@@ -167,6 +169,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             saver.wait()  # for the checkpoint that is named
             raise TrainingError(f"step {numbers.step}: {problem}; {remedy(run, checkpoint)}, or look at the data")
 
+    penalty = BitPenalty(run, model, state) if run.compression.method == "learned" else None
     spikes = SpikeRule(run.spikes, state, device) if run.spikes.deviations is not None else None
     ranks.on_first(lambda: record_run(run))
     ranks.on_first(lambda: record_start(run, state.step, ranks.size, device))
@@ -208,7 +211,11 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             asked_to_stop = stop.number > 0 or saver.failed  # then the next save of all ranks says so
             sums[STOPS].fill_(asked_to_stop)
             sums = over_ranks(sums, ranks)
+            if penalty is not None:
+                penalty.press_(step)
             outcome = update_parameters(optimizer, sums, run.optimizer.clip_norm, spikes)
+            if penalty is not None:
+                penalty.project_()
             state.step += 1
             if state.step == warm:
                 spare_the_collector()
@@ -236,6 +243,7 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                     "flops": state.flops,
                     "skipped": state.skipped,
                     **({"spikes": state.spikes} if spikes is not None else {}),
+                    **(penalty.metrics() if penalty is not None else {}),
                     "tokens_per_second": (rate := throughput.rate()),
                 }
                 if peak_flops is not None and state.step > warm:  # before, seconds went into compilation
@@ -249,6 +257,8 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             if saves or stopping:
                 if spikes is not None:
                     spikes.write_to(state)
+                if penalty is not None:
+                    penalty.write_to(state)
                 checkpoint = saver.save(state)
                 throughput.restart()
             if stopping and not is_last:
@@ -341,7 +351,9 @@ def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTra
     """
     config = final_model_config(run, shards, tokenizer)
     torch.manual_seed(run.seed)
-    return DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
+    model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
+    fit_quantisers_(run, model)
+    return model
 
 
 def check_initial_weights(run: RunConfig, config: DLCMConfig | LlamaBaselineConfig, shards: Mixture) -> None:
@@ -361,6 +373,8 @@ def check_initial_weights(run: RunConfig, config: DLCMConfig | LlamaBaselineConf
         verify_checkpoint(directory)
     changes = config_changes(load_model_config(directory), config)
     words = [f"model.{name} from {old} to {new}" for name, (old, new) in changes.items()]
+    if "quantiser" in changes and changes["quantiser"][0] == "none":  # what rounds may begin with plain weights
+        config = changed(config, {"quantiser": "none"})
     try:
         model_without_memory(directory, config, FLOATS)
     except CheckpointError as error:
@@ -378,11 +392,21 @@ def check_initial_weights(run: RunConfig, config: DLCMConfig | LlamaBaselineConf
         print(f"changed  {change}")
 
 
+def load_initial_weights(run: RunConfig, model: Model) -> None:
+    """Fills the model with the weights of `init_from`; to plain ones, bit depths and exponents are fitted."""
+    directory = Path(run.init_from or "")
+    if load_model_config(directory).quantiser == "none":
+        load_weights(directory, model, FLOATS, without=is_of_quantiser)
+        fit_quantisers_(run, model)
+    else:
+        load_weights(directory, model, FLOATS)
+
+
 def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
-    """AdamW with a group for each role that decoupled muP tells apart."""
+    """AdamW with a group for each role that decoupled muP tells apart, and others for bit depths and exponents."""
     settings = run.optimizer
     groups = parameter_groups(
-        model,
+        ((name, parameter) for name, parameter in model.named_parameters() if not is_of_quantiser(name)),
         model.config,
         lr_token=settings.lr_token,
         lr_concept=settings.lr_concept,
@@ -391,6 +415,7 @@ def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
+    groups += quantiser_groups(run, model)
     return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
 
 

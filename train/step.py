@@ -27,7 +27,7 @@ from train.config import BatchConfig, RunConfig
 from train.data import PackedBatch
 from train.distributed import Ranks
 from train.metrics import bits_per_byte
-from train.parallel import gradients_travel, unwrapped, whole
+from train.parallel import gradients_travel, local, unwrapped, whole
 from train.spikes import SpikeRule
 
 Model = DLCMForCausalLM | LlamaBaselineForCausalLM
@@ -213,19 +213,29 @@ def update_parameters(
     Args:
         optimizer: fused.
         sums: the `StepSums` of all ranks.
-        clip_norm: what longer gradients are shortened to.
+        clip_norm: what longer gradients are shortened to, but for groups with `clipped` False.
         spikes: says which gradients are too long; None: none is.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = _gradients(optimizer, clipped=True)
     grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
     finite = grad_norm.isfinite() & sums.isfinite().all()
+    if unclipped := _gradients(optimizer, clipped=False):
+        finite &= whole(torch.nn.utils.get_total_norm(unclipped)).isfinite()
     spike = torch.zeros_like(finite) if spikes is None else spikes.is_spike(grad_norm) & finite
     skipped = (~finite | spike).float()
     optimizer.grad_scale = (grad_norm / clip_norm).clamp(min=1)  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    if unclipped:  # the optimizer will divide all by it
+        torch._foreach_mul_(list(map(local, unclipped)), optimizer.grad_scale)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     return Outcome(grad_norm, skipped, spike.float())
+
+
+def _gradients(optimizer: torch.optim.Optimizer, clipped: bool) -> list[Tensor]:
+    """Of groups that take part in clipping, or of those that say they do not."""
+    groups = [group for group in optimizer.param_groups if group.get("clipped", True) == clipped]
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
 
 def spare_the_collector() -> None:

@@ -82,7 +82,8 @@ def test_every_role_survives_wrapping(build):
 
 
 def test_every_pattern_is_used():
-    names = [name for model in (with_all_options(), tiny_baseline()) for name, _ in model.named_parameters()]
+    models = with_all_options(), tiny_baseline(), tiny_baseline(quantiser="bits")
+    names = [name for model in models for name, _ in model.named_parameters()]
     assert {id(role_of(name)) for name in names} == {id(role) for _, role in ROLES}
 
 

@@ -104,6 +104,7 @@ sys.exit(module.main([sys.argv[1]]))
 STEPS, HALF = 4, 2
 SPIKE = 2  # counted from 0: the first step from which a run goes on
 WATCHED = {"deviations": 10.0, "window": 2}
+PRESSED = {"method": "learned", "target_bits": 1.0, "start": 0.0, "ramp": 0.5}
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
 PATHS = {"aux_loss_weight": 0.5, "clean_start": True, "injection": "every"}  # whose parameters are of no block
 Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
@@ -186,6 +187,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.run_here(runs.start("few", 2))
     runs.run_here(runs.start("llama", 4, "llama"))
     runs.run_here(runs.start("paths", 4, model=PATHS))
+    runs.run_here(runs.start("pressed-one", 4, compression=PRESSED))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.pretrain, "forward_backward", spiking(train.pretrain.forward_backward))
         runs.run_here(runs.start("spiked-one", 4, spikes=WATCHED))
@@ -213,6 +215,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("spiked-ddp", 2, spikes=WATCHED),
         runs.start("spiked-fsdp", 2, spikes=WATCHED, parallel=FSDP),
         runs.resume("spiked-fsdp-fsdp", "spiked-fsdp"),
+        runs.start("pressed-ddp", 2, compression=PRESSED),
+        runs.start("pressed-fsdp", 2, compression=PRESSED, parallel=FSDP),
+        runs.resume("pressed-fsdp-fsdp", "pressed-fsdp"),
         runs.resume("fsdp-fsdp", "fsdp"),
         runs.resume("ddp-ddp", "ddp"),
         runs.resume("hybrid-ddp", "hybrid", *changed),
@@ -264,6 +269,8 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
         ("paths-fsdp", "paths"),
         ("spiked-ddp", "spiked-one"),
         ("spiked-fsdp", "spiked-one"),
+        ("pressed-ddp", "pressed-one"),
+        ("pressed-fsdp", "pressed-one"),
     ],
 )
 def test_every_strategy_is_the_run_of_one_process(name: str, expected: str, runs: Runs):
@@ -297,6 +304,7 @@ def test_all_ranks_skip_a_spike(name: str, runs: Runs):
     [
         *(("ddp-ddp", "ddp"), ("fsdp-fsdp", "fsdp"), ("hybrid-hybrid", "hybrid"), ("four-fsdp", "four")),
         ("spiked-fsdp-fsdp", "spiked-fsdp"),
+        ("pressed-fsdp-fsdp", "pressed-fsdp"),
     ],
 )
 def test_a_run_goes_on_unchanged_bit_for_bit(resumed: str, name: str, runs: Runs):

@@ -1,0 +1,235 @@
+"""Self-compression in training: bits reach their target, a resumed run is the run, and nothing else changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlcm import LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.selfcompress.quantiser import MAX_BITS, quantised_linears
+from tests.train.test_pretrain import Tap, assert_one_error, assert_same_run, final_tensors, metrics, stop_at, tap
+from tests.train.tiny import MODELS, prepare_tiny, write_config
+from train.checkpoint import TrainingState, latest_checkpoint, load_model, load_state
+from train.compression import BitPenalty, bits_a_weight, fit_quantisers_, is_of_quantiser, quantiser_groups
+from train.config import CompressionConfig, ConfigError, RunConfig, build_model_config, load_run_config
+from train.pretrain import build_optimizer, main
+from train.step import StepSums, update_parameters
+
+__all__ = ["tap"]  # a fixture
+ARCHITECTURES = list(MODELS)
+LEARNED = {"method": "learned", "target_bits": 1.0, "start": 0.0, "ramp": 0.5}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_tiny(tmp_path_factory.mktemp("data"))
+
+
+def written(tmp_path: Path, architecture: str, data: Path, name: str, **sections: Any) -> Path:
+    return write_config(tmp_path / f"{name}.yaml", architecture, data, tmp_path / name, **sections)
+
+
+def a_run(**compression: Any) -> RunConfig:
+    """A run with steps and compression, and nothing else that counts."""
+    run = RunConfig(model={"architecture": "llama"}, compression=CompressionConfig(**compression))
+    run.schedule.steps = 1000
+    return run
+
+
+def a_model(**overrides: Any) -> LlamaBaselineForCausalLM:
+    fields = {"vocab_size": 23, "d_token": 16, "token_heads": 2, "token_ffn": 32, "num_layers": 1}
+    return LlamaBaselineForCausalLM(LlamaBaselineConfig(**fields | {"quantiser": "bits"} | overrides))
+
+
+# Runs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_and_resumed_half_of_a_compression_equal_the_whole(
+    architecture: str, data: Path, tmp_path: Path, tap: Tap
+):
+    sections = {"compression": LEARNED | {"ramp": 0.0}}
+    assert main([str(written(tmp_path, architecture, data, "whole", **sections))]) == 0
+    tap.before = stop_at(4)
+    config = written(tmp_path, architecture, data, "halves", **sections)
+    assert main([str(config)]) != 0
+    assert load_state(latest_checkpoint(tmp_path / "halves")).gamma > 0
+    tap.before = lambda step: None
+    assert main([str(config)]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bits_fall_to_the_target_and_metrics_say_so(architecture: str, data: Path, tmp_path: Path):
+    sections = {"compression": LEARNED, "schedule": {"steps": 200}, "evaluation": {"every": 200}}
+    config = written(tmp_path, architecture, data, "run", **sections, log_every=10)
+    assert main([str(config)]) == 0
+    lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert lines[0]["weight_bits"] == pytest.approx(4, abs=0.05)
+    assert lines[-1]["weight_bits"] == pytest.approx(1.0, abs=0.2)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    stages = {"llama": {"decoder"}, "dlcm": {"encoder", "backbone", "cross_attention", "decoder"}}[architecture]
+    model = load_model(latest_checkpoint(tmp_path / "run"))
+    layers = quantised_linears(model)
+    for stage in stages:
+        own = [layer for name, layer in layers.items() if name.startswith(stage)]
+        number = sum(layer.weight.numel() for layer in own)
+        dead = sum((layer.quantised_weight() == 0).all(1).sum().item() * layer.in_features for layer in own)
+        assert 0 <= lines[-1][f"dead/{stage}"] <= dead / number  # rows of bits can be zero, too
+        depths = [(layer.depth, layer.in_features) for layer in own]
+        assert lines[-1][f"weight_bits/{stage}"] == pytest.approx(bits_a_weight(depths).item())
+    assert {key for key in lines[-1] if "/" in key} == {
+        f"{kind}/{x}" for kind in ("weight_bits", "dead") for x in stages
+    }
+    assert all(layer.depth.min() >= 0 and layer.depth.max() <= MAX_BITS for layer in layers.values())
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [{"method": "fixed", "bits": 2}, {"method": "ternary"}, LEARNED | {"group_rows": 4, "group_columns": 8}],
+    ids=["fixed", "ternary", "tiles"],
+)
+def test_the_other_methods_train(compression: dict[str, Any], data: Path, tmp_path: Path):
+    config = written(tmp_path, "llama", data, "run", compression=compression, schedule={"steps": 30})
+    assert main([str(config)]) == 0
+    lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    tensors = final_tensors(tmp_path / "run")
+    depths = [x for name, x in tensors.items() if name.endswith(".depth") and not name.startswith("exp_avg")]
+    if compression["method"] == "fixed":
+        assert depths and all(bool((x.ceil() == 2).all()) for x in depths if x.ndim)
+        exponents = [x for name, x in tensors.items() if name.startswith("exp_avg.") and name.endswith("exponent")]
+        assert all(x.any() for x in exponents)
+    for layer in quantised_linears(load_model(latest_checkpoint(tmp_path / "run"))).values():
+        values = len(layer.codes()[0].unique())
+        assert values <= {"fixed": 4, "ternary": 3, "learned": 16}[compression["method"]]
+
+
+def test_a_plain_model_can_be_compressed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(written(tmp_path, "llama", data, "plain", schedule={"steps": 60}))]) == 0
+    plain = latest_checkpoint(tmp_path / "plain")
+    sections = {"init_from": str(plain), "compression": {"method": "fixed", "bits": 8}}
+    assert main([str(written(tmp_path, "llama", data, "eight", **sections))]) == 0
+    assert "changed  model.quantiser from none to bits" in capsys.readouterr().out
+    losses = [line["loss"] for name in ("plain", "eight") for line in metrics(tmp_path / name)]
+    assert losses[60] == pytest.approx(losses[58], abs=0.3)  # where the one ended the other begins
+    sections = {"init_from": str(tmp_path / "eight" / "checkpoints" / "step_00000008")}
+    assert main([str(written(tmp_path, "llama", data, "back", **sections))]) == 2
+    assert_one_error(capsys, "changes model.quantiser from bits to none")
+
+
+# The penalty
+
+
+def pressed(run: RunConfig, model: LlamaBaselineForCausalLM, steps: int, state: TrainingState) -> list[float]:
+    """Bits a weight after each step of AdamW under the penalty alone."""
+    penalty = BitPenalty(run, model, state)
+    optimizer = torch.optim.AdamW(quantiser_groups(run, model), fused=True)
+    layers, bits = quantised_linears(model), []
+    for step in range(steps):
+        for layer in layers.values():
+            layer.depth.grad, layer.exponent.grad = torch.zeros_like(layer.depth), torch.zeros_like(layer.exponent)
+        penalty.press_(step)
+        optimizer.step()
+        penalty.project_()
+        bits.append(penalty.metrics()["weight_bits"])
+    return bits
+
+
+def test_gamma_takes_as_many_bits_a_step_from_groups_of_any_size():
+    run, state = a_run(method="learned", gamma=0.3, start=0.0, ramp=0.0), TrainingState("data", "tokenizer", 1)
+    ends = []
+    for overrides in ({}, {"token_ffn": 64}, {"num_layers": 3}, {"quantiser_columns": 4}):
+        model = a_model(**overrides)
+        fit_quantisers_(run, model)
+        before = [layer.depth.detach().clone() for layer in quantised_linears(model).values()]
+        pressed(run, model, 40, state)
+        after = [layer.depth for layer in quantised_linears(model).values()]
+        ends += [(b - a).flatten() for b, a in zip(before, after, strict=True)]
+    taken = torch.cat(ends)
+    torch.testing.assert_close(taken, torch.full_like(taken, 40 * 0.5 * 0.3 / 6.3), rtol=0.03, atol=0)
+
+
+def test_the_controller_follows_the_line_and_stays_at_the_target():
+    run, model = a_run(method="learned", target_bits=1.5, start=0.1, ramp=0.5), a_model()
+    fit_quantisers_(run, model)
+    bits = pressed(run, model, 1000, TrainingState("data", "tokenizer", 1))
+    assert bits[99] == bits[0]
+    assert bits[350] == pytest.approx(2.75, abs=0.1)
+    assert bits[700] == pytest.approx(1.5, abs=0.2) and bits[-1] == pytest.approx(1.5, abs=0.2)
+
+
+def test_depths_and_exponents_take_no_part_in_clipping():
+    run, model = a_run(method="learned", gamma=0.3), a_model()
+    fit_quantisers_(run, model)
+    run.optimizer.lr_token = run.optimizer.lr_other = 1e-3
+    optimizer = build_optimizer(run, model)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3 if is_of_quantiser(name) else 100.0)
+    outcome = update_parameters(optimizer, torch.ones(len(StepSums._fields), dtype=torch.float64), 1.0)
+    weights = sum(x.numel() for name, x in model.named_parameters() if not is_of_quantiser(name))
+    assert outcome.grad_norm == pytest.approx(100 * weights**0.5)
+    for name, parameter in model.named_parameters():
+        if is_of_quantiser(name):
+            (group,) = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+            expected = before[name] - group["lr"] * 1e-3 / (1e-3 + group["eps"])
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_of_a_depth_that_is_not_finite_moves_nothing():
+    run, model = a_run(method="learned", gamma=0.3), a_model()
+    run.optimizer.lr_token = run.optimizer.lr_other = 1e-3
+    optimizer = build_optimizer(run, model)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(iter(quantised_linears(model).values())).depth.grad[0] = torch.nan
+    outcome = update_parameters(optimizer, torch.ones(len(StepSums._fields), dtype=torch.float64), 1.0)
+    assert outcome.skipped == 1
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+
+
+# Configuration
+
+
+def test_a_model_without_compression_is_what_it_was(tmp_path: Path):
+    run = load_run_config(write_config(tmp_path / "run.yaml", "llama", tmp_path, tmp_path))
+    assert build_model_config(run).quantiser == "none"
+    assert quantiser_groups(run, LlamaBaselineForCausalLM(build_model_config(run))) == []
+
+
+@pytest.mark.parametrize(
+    ("compression", "message"),
+    [
+        ({"method": "learned"}, "give one of them"),
+        ({"method": "learned", "gamma": 0.1, "target_bits": 1.0}, "give one of them"),
+        ({"target_bits": 1.0}, "only compression.method=learned reads it"),
+        ({"method": "fixed", "gamma": 0.1}, "only compression.method=learned reads it"),
+        ({"method": "learned", "target_bits": 4.0}, "not below"),
+        ({"method": "learned", "target_bits": 0.0}, "above 0 and at most 8"),
+        ({"method": "learned", "gamma": 0.1, "start": 0.6}, "together exceed 1"),
+        ({"method": "fixed", "group_rows": 5}, "quantiser_rows=5 does not divide"),
+    ],
+)
+def test_impossible_compressions_are_refused(compression: dict[str, Any], message: str, tmp_path: Path):
+    config = write_config(tmp_path / "run.yaml", "llama", tmp_path, tmp_path / "run", compression=compression)
+    with pytest.raises(ConfigError, match=message):
+        load_run_config(config)
+
+
+def test_what_the_section_decides_is_not_the_models_to_say(tmp_path: Path):
+    config = write_config(tmp_path / "run.yaml", "llama", tmp_path, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"it follows from compression\.method"):
+        load_run_config(config, ["model.quantiser=bits"])
+
+
+def test_checkpoints_from_before_compression_still_load(data: Path, tmp_path: Path):
+    assert main([str(written(tmp_path, "llama", data, "run"))]) == 0
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["gamma"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert load_state(checkpoint).gamma == 0
