@@ -21,10 +21,15 @@ run that it sets; a run is one point of every axis, and its name their labels:
 A point may name another `base` for its runs, so that an axis can hold different models: `llama: {base: llama.yaml}`.
 
     OUTPUT/NAME.*, OUTPUT/NAME/    a run (see train/runs.py)
-    OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, and its last validation
+    OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, its last validation, and
+                                   its configuration
+
+A run of which there is a line, with its very configuration, is not run again, though nothing else of it be there: a
+sweep goes on from results.jsonl alone, on another machine too.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import re
@@ -35,10 +40,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dlcm.flops import forward_flops, parameter_counts
-from train.config import ConfigError, build_model_config, load_run_config
+from train.config import ConfigError, RunConfig, build_model_config, config_differences, load_run_config
 from train.runs import (
     PlannedRun,
     add_instead_of_running,
@@ -114,15 +120,49 @@ def _check_axis(where: str, points: Any) -> None:
             raise ConfigError(f"{where}.{label} is {settings!r}; give the keys that it sets, `{{key: value}}`")
 
 
-def write_results(runs: Sequence[SweptRun], path: Path) -> list[SweptRun]:
-    """Writes a line for each run that is finished, from what the runs themselves have recorded; returns these runs."""
-    finished = [run for run in runs if is_finished(run.run)]
-    lines = [
-        {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
-        for run in finished
-    ]
+Results = dict[str, dict[str, Any]]  # a line by the name of its run
+
+
+def read_results(runs: Sequence[SweptRun], path: Path) -> Results:
+    """What a results file, if there is one, says of these very runs: lines of other configurations are left out.
+
+    Raises:
+        ConfigError: not readable, or not written by a sweep.
+    """
+    if not path.exists():
+        return {}
+    known = {run.name: run.run for run in runs}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {line["name"]: line for line in lines if _is_of(line, known.get(line["name"]))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no results of a sweep ({error!r}); delete it, or put it back as it was") from error
+
+
+def _is_of(line: dict[str, Any], run: RunConfig | None) -> bool:
+    """Whether a line was written of this run. Options that it does not know had their defaults."""
+    if run is None:
+        return False
+    try:
+        whole = OmegaConf.merge(OmegaConf.structured(RunConfig), line["run"], {"output": run.output})
+        recorded = OmegaConf.to_object(whole)
+    except OmegaConfBaseException:  # options that are no more
+        return False
+    assert isinstance(recorded, RunConfig)
+    return not config_differences(recorded, run)
+
+
+def write_results(runs: Sequence[SweptRun], path: Path, earlier: Results) -> list[SweptRun]:
+    """Writes what is known of runs: what they themselves have recorded, or `earlier` lines. Returns the former."""
+    finished = [run for run in runs if run.name not in earlier and is_finished(run.run)]
+    lines = dict(earlier)
+    for run in finished:
+        line = {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
+        configuration = dataclasses.asdict(run.run)
+        del configuration["output"]
+        lines[run.name] = line | {"run": configuration}
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(lines[run.name]) + "\n" for run in runs if run.name in lines), "utf-8")
     temporary.replace(path)
     return finished
 
@@ -151,13 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     sweep, runs = load_sweep(arguments.sweep)
     results = Path(sweep.output) / RESULTS
+    earlier = read_results(runs, results)
 
     def keep_results() -> None:
-        finished = write_results(runs, results)
+        finished = write_results(runs, results, earlier)
         for run in finished if not sweep.keep_checkpoints else []:
             shutil.rmtree(Path(run.run.output) / "checkpoints", ignore_errors=True)
 
-    status = carry_out(runs, arguments, lambda: table(runs), sweep.at_once, keep_results)
+    left = [run for run in runs if run.name not in earlier]
+    if earlier and not arguments.list:
+        print(f"{len(earlier)} of {len(runs)} runs are in {results}", file=sys.stderr)
+    status = carry_out(left, arguments, lambda: table(runs), sweep.at_once, keep_results)
     if not (arguments.list or arguments.print):
         keep_results()
     return status

@@ -1,6 +1,9 @@
 """Sweeps: every combination is a run, run once; results say what the runs have recorded."""
 
+import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import yaml
 
 from tests.train.tiny import prepare_tiny, write_config
 from train.config import ConfigError, load_run_config
-from train.sweep import load_sweep, main
+from train.sweep import load_sweep, main, read_results
 
 AXES = {
     "rate": {"r1": {"optimizer.lr_token": 1e-3}, "r2": {"optimizer.lr_token": 2e-3, "optimizer.lr_other": 2e-3}},
@@ -75,6 +78,27 @@ def test_each_run_is_run_once_and_results_are_those_of_runs(
     (sweep.parent / "sweep" / "results.jsonl").unlink()
     assert main([str(sweep)]) == 0
     assert launched == NAMES and results(sweep) == first
+    for directory in (sweep.parent / "sweep").iterdir():
+        if directory.is_dir():
+            shutil.rmtree(directory)  # as on another machine: results are enough
+    assert main([str(sweep)]) == 0
+    assert launched == NAMES and results(sweep) == first
+
+
+def test_results_of_other_configurations_do_not_count(sweep: Path):
+    _, runs = load_sweep(sweep)
+    path = sweep.parent / "results.jsonl"
+    wanted = dataclasses.asdict(runs[0].run)
+    del wanted["output"], wanted["spikes"]  # a line from before there was such an option
+    other = copy.deepcopy(wanted)
+    other["optimizer"]["lr_other"] *= 2
+    for run, counts in ((wanted, True), (other, False), (wanted | {"gone": 1}, False)):
+        path.write_text(json.dumps({"name": runs[0].name, "run": run}) + "\n")
+        assert bool(read_results(runs, path)) == counts
+    for text in ("{", '{"name": "r1_s0"}\n', "[]\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no results of a sweep"):
+            read_results(runs, path)
 
 
 def test_checkpoints_of_finished_runs_may_go(data: Path, tmp_path: Path, launched: list[str]):
