@@ -165,7 +165,7 @@ def must_show(results: Results) -> dict[str, Bar]:
     best = None if proxy is None else proxy.optimum
     farthest = worst((steps_between(curve.optimum, best) for curve in transfer.values()), at_most=True)
     largest = list(transfer)[-1] if transfer else "-"
-    ends = [curve.optimum for curve in standard.values()]
+    ends = [curve.optimum if curve.is_bracketed else None for curve in standard.values()]  # an edge is no minimum
     token, concept = (rates[which].optimum if which in rates else None for which in ("token", "concept"))
     unbracketed = sum(not curve.is_bracketed for curve in transfer.values()) if transfer else None
     return {
