@@ -70,9 +70,35 @@ def distribute(
     for block in [module for module in model.modules() if isinstance(module, Block | CrossAttention)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+    keep_on_host(model)
     if hasattr(model, "boundary_statistics"):  # the other way into the model
         register_fsdp_forward_method(model, "boundary_statistics")
     return model
+
+
+class _Hidden:
+    """A tensor that nobody takes for one."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def keep_on_host(model: nn.Module) -> None:
+    """Lets a sharded model be called with tensors that lie on the host, where it wants them (`cu_seqlens`).
+
+    FSDP moves whatever it is called with to the device, and the host waits for that until the device has done all that
+    it was given before: after every step, a small model's GPU would be idle while the host gets ahead again.
+    """
+
+    def hide(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        on_host = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.device.type == "cpu"}
+        return args, {name: _Hidden(value) if name in on_host else value for name, value in kwargs.items()}
+
+    def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {name: value.tensor if isinstance(value, _Hidden) else value for name, value in kwargs.items()}
+
+    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)  # before FSDP's own
+    model.register_forward_pre_hook(show, with_kwargs=True)
 
 
 def unwrapped(parallel: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from train.checkpoint import KINDS, SavedTensors, latest_checkpoint, load_state,
 from train.config import ConfigError, ParallelConfig, RunConfig
 from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
-from train.parallel import check_parallel
+from train.parallel import check_parallel, keep_on_host
 from train.pretrain import main
 
 ROOT = Path(__file__).parents[2]
@@ -413,3 +413,21 @@ def test_groups_that_do_not_fit_the_processes_are_refused():
     check_parallel(ParallelConfig("fsdp"), ranks)
     with pytest.raises(ConfigError, match="shard_size is 3, which does not divide 8 processes; set it to 2 or 4 or 8"):
         check_parallel(ParallelConfig("hybrid", 3), ranks)
+
+
+def test_what_lies_on_the_host_is_not_moved():
+    """FSDP sees no tensor there; the model sees what it was called with."""
+    seen: list[dict[str, Any]] = []
+
+    class Echo(torch.nn.Module):
+        def forward(self, **inputs: Any) -> dict[str, Any]:
+            return inputs
+
+    model = Echo()
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs), prepend=True, with_kwargs=True
+    )  # as FSDP
+    keep_on_host(model)
+    inputs = {"input_ids": torch.ones(2, device="meta"), "cu_seqlens": torch.ones(2), "max_seqlen": 2}
+    assert all(value is inputs[name] for name, value in model(**inputs).items())
+    assert not isinstance(seen[0]["cu_seqlens"], torch.Tensor) and seen[0]["input_ids"] is inputs["input_ids"]
