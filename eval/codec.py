@@ -34,7 +34,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -50,6 +49,7 @@ from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint,
 from eval.perplexity import read_texts
 from train.checkpoint import CHECKSUMS, file_of, tensor_files
 from train.data import file_sha256
+from train.export import new_directory
 from train.saving import write_checksums
 
 WEIGHTS = "model.codec"
@@ -114,7 +114,7 @@ def pack(
     def tell(name: str, blob: Blob) -> None:
         print(f"{name}  {tuple(blob.shape)}  {blob.stream}  {blob.bits:.3f} bits", flush=True)
 
-    with _directory(output) as partial:
+    with new_directory(output) as partial:
         costs = costs_of(mode, source, weights, calibration)
         blobs = compress_state(weights, bits, keep=keep, costs=costs, tell=tell, **options)
         save(partial / WEIGHTS, blobs)
@@ -150,7 +150,7 @@ def unpack(packed: Path, output: Path) -> None:
         EvaluationError, CodecError: a file is missing or damaged, or the output is there already.
     """
     container = verified(packed)
-    with _directory(output) as partial:
+    with new_directory(output) as partial:
         tensors = {name: container.read(name) for name in container.names()}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         _copy(packed, partial)
@@ -201,21 +201,6 @@ def model_directory(path: Path) -> Path:
     if (path / "checkpoints").is_dir() or (path / CHECKSUMS).is_file() or not path.is_dir():
         return checkpoint_directory(path)
     return path
-
-
-@contextmanager
-def _directory(output: Path) -> Iterator[Path]:
-    """A new directory under another name, which becomes `output` if nothing goes wrong."""
-    if output.exists():
-        raise EvaluationError(f"{output}: exists; give another name, or remove it")
-    partial = output.with_name(output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -15,18 +15,15 @@ pass, whole and smaller, on the CPU.
 
 import argparse
 import copy
-import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dlcm.selfcompress.compact import block_weights, compact_
@@ -47,6 +44,7 @@ from dlcm.selfcompress.quantiser import plain_, quantised_linears
 from eval.bench import Row, markdown_table
 from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
 from train.checkpoint import load_model, load_model_config
+from train.export import new_directory
 from train.tokenizer import load_tokenizer
 
 TOKENS = 4096  # of random text, on which logits are compared
@@ -64,7 +62,7 @@ def export(checkpoint: Path, output: Path, rest: str) -> tuple[Size, dict[str, i
     model = load_model(directory)
     if not quantised_linears(model):
         raise EvaluationError(f"{directory}: its weights are plain; train with compression.method, or use train.export")
-    with _directory(output) as partial:
+    with new_directory(output) as partial:
         path = save_packed(model, partial, rest)
         load_tokenizer(str(directory)).save_pretrained(partial)
         sizes = file_size(path)
@@ -201,23 +199,6 @@ def speed(model: Model, rows: int, length: int, threads: int) -> Row:
     return shape | {"dense_s": dense, "compact_s": compact, "speedup": dense / compact}
 
 
-@contextmanager
-def _directory(output: Path) -> Iterator[Path]:
-    """A new directory under another name, which becomes `output` if nothing goes wrong."""
-    if output.exists():
-        raise EvaluationError(f"{output}: exists; give another name, or remove it")
-    partial = output.with_name(output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    except SafetensorError as error:
-        raise EvaluationError(f"{output}: could not be written ({error}); make room, or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _run_export(options: argparse.Namespace) -> None:
     predicted, sizes = export(options.checkpoint, options.packed, options.rest)
     bits, weights = 8 * sizes["file"], predicted.weights
@@ -240,7 +221,7 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 def _run_unpack(options: argparse.Namespace) -> None:
     model = load_packed(options.packed, load_model_config(options.packed))
-    with _directory(options.output) as partial:
+    with new_directory(options.output) as partial:
         model.save_pretrained(partial)
         load_tokenizer(str(options.packed)).save_pretrained(partial)
 

@@ -12,7 +12,8 @@ config of the model, and the tokenizer; `python -m train.pretrain CONFIG init_fr
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ERRORS = (CheckpointError, ConfigError, TokenizerError, OSError)
 
 
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A new directory under another name, which becomes `output` if nothing goes wrong.
+
+    Raises:
+        ConfigError: `output` exists.
+        CheckpointError: the disk refused.
+    """
+    if output.exists():
+        raise ConfigError(f"{output}: exists; give another name, or delete it")
+    partial = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{output}: could not be written ({error}); make room, or choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
+
+
 def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
     """Writes the model of a checkpoint, or of a run's newest, to `output`, whole or not at all.
 
@@ -37,19 +60,11 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
         CheckpointError: there is none, or it is damaged, or the disk refused.
         ConfigError: `output` exists.
     """
-    if output.exists():
-        raise ConfigError(f"{output}: exists; choose another directory, or delete it")
-    directory = checkpoint_directory(checkpoint)
-    model = load_model(directory).to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    partial = output.with_name(f"{output.name}.tmp")
-    try:
+    with new_directory(output) as partial:
+        directory = checkpoint_directory(checkpoint)
+        model = load_model(directory).to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         model.save_pretrained(partial)
         load_tokenizer(str(directory)).save_pretrained(partial)
-        partial.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output}: could not be written ({error}); make room, or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something went wrong
     return directory
 
 

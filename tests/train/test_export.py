@@ -74,7 +74,7 @@ def test_what_cannot_be_exported(
 ):
     run_dir = trained["llama"]
     assert export([str(run_dir), str(run_dir)]) == 2
-    assert_one_error(capsys, f"{run_dir}: exists; choose another directory")
+    assert_one_error(capsys, f"{run_dir}: exists; give another name")
     assert export([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
     assert_one_error(capsys, "nothing: no such directory; give a run directory or a checkpoint")
 
