@@ -64,11 +64,12 @@ def record(commit: str | None = None) -> dict[str, Any]:
     Args:
         commit: of the code, where it does not run in its git checkout.
     """
+    command = " ".join(["python -m", *_module_and_arguments()])
     return {
         "machine": _machine(),
         "commit": commit or _commit(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _package_versions(),
-        "command": " ".join(["python -m", *_module_and_arguments()]),
+        "command": re.sub(r" --output \S+", "", command),  # where results were written changes none
     }
 
 
@@ -84,7 +85,6 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(record["versions"] != records[0]["versions"] for record in records):
         raise EvaluationError("results of different versions of torch and others: measure them with the same")
     joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
-    joined["command"] = re.sub(r" --output [^\s;]+", "", joined["command"])  # where results were written changes none
     last = records[-1]
     return {
         "machine": last["machine"],
