@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dlcm.config import SlotWeighting, Visibility
@@ -233,7 +234,7 @@ class ConceptLayout:
 
     Attributes:
         tokens, concepts: the documents, measured in tokens and in concepts, padding included.
-        counted: how many of the M concepts are not padding, on their way to the host.
+        counted: `ConceptCounts` without padding, and whether they fit, on their way to the host.
         segment_T: index of the concept each token belongs to.
         length_M: tokens in each concept; 0 for padding.
         last_M: index (in the packed row) of each concept's last token; for padding, of the last token of all.
@@ -260,6 +261,7 @@ class ConceptLayout:
         visibility: Visibility,
         bucket: int = 1,
         room: ConceptRoom | None = None,
+        together: dist.ProcessGroup | None = None,
     ) -> "ConceptLayout":
         """The geometry that boundaries give (sections 3.3.2 and 3.5.2), made strictly causal.
 
@@ -273,16 +275,21 @@ class ConceptLayout:
             bucket: M is rounded up to a multiple of it by padding.
             room: what to lay concepts out in. None waits until the device has counted them, and takes what they need.
                 Room that is too small is safe, and useless: this is then the geometry of no boundaries, and not `fits`.
+            together: ranks of which each calls this, and none `fits` unless all do.
         """
         segment_T = cls._segments(tokens, boundary_T, visibility)
         ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
         counts_D = ends_D.diff(prepend=ends_D.new_zeros(1))
         counts = ConceptCounts(ends_D[-1], counts_D.max(), counts_D[-1])
-        counted = OnHost(torch.stack(counts))
+        fit = torch.ones_like(counts.total, dtype=torch.bool) if room is None else counts.fit(room)
+        numbers = torch.stack([*counts, fit.long()])
+        if together is not None:
+            dist.all_reduce(numbers[-1:], dist.ReduceOp.MIN, together)
+        counted = OnHost(numbers)
         if room is None:
-            room = ConceptCounts(*counted.read()).room(bucket)
+            room = ConceptCounts(*counted.read()[:-1]).room(bucket)
         else:
-            boundary_T = boundary_T & counts.fit(room)
+            boundary_T = boundary_T & fit
             segment_T = cls._segments(tokens, boundary_T, visibility)
 
         ends_D = segment_T[tokens.cu_seqlens_D1[1:].long() - 1] + 1
@@ -315,7 +322,7 @@ class ConceptLayout:
     @property
     def counts(self) -> ConceptCounts:
         """How many concepts there are, without padding. Waits until the device has counted them."""
-        return ConceptCounts(*self.counted.read())
+        return ConceptCounts(*self.counted.read()[:-1])
 
     @property
     def num_concepts(self) -> int:
@@ -323,8 +330,10 @@ class ConceptLayout:
 
     @property
     def fits(self) -> bool:
-        """Whether there was room for the concepts; otherwise there are no boundaries here. Waits like `counts`."""
-        return bool(self.counts.fit(ConceptRoom(self.concepts.total, self.concepts.max_seqlen)))
+        """Whether there was room for the concepts, here and on all ranks that were asked; otherwise it is all to be
+        done again. Waits like `counts`.
+        """
+        return bool(self.counted.read()[-1])
 
     @property
     def num_slots(self) -> int:

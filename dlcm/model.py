@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
@@ -213,9 +214,9 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         """
         rooms, visibility = self.concept_rooms, self.config.visibility
         room = rooms.foresee(tokens, self.training)
-        if isinstance(next(self.backbone.parameters()), DTensor):
-            room = None  # sharded: all ranks must run the same passes, so that none may have to run one again
-        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket, room)
+        # Ranks that share parameters run the same passes: where one must run one again, all do.
+        together = _sharing_ranks(self.backbone)
+        layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket, room, together)
         y_TE = self.through_concepts_of(layout, h_TE, s_TE)
         rooms.saw(tokens, self.training, layout.counts)
         if not layout.fits:
@@ -426,3 +427,11 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         return global_parser_loss(
             decided, tokens, self.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
         )
+
+
+def _sharing_ranks(stack: nn.Module) -> dist.ProcessGroup | None:
+    """Those that each hold a part of a sharded module's parameters; None where they are whole."""
+    parameter = next(stack.parameters())
+    if not isinstance(parameter, DTensor):
+        return None
+    return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
