@@ -76,7 +76,7 @@ STEPS = 4
 
 
 def foreseeing_rank_main(rank: int, directory: str) -> None:
-    """In turn, ranks see a text of many concepts after one of few, for which the room that is foreseen is not enough."""
+    """In turn, ranks see a text of many concepts after one of few, for which the room foreseen is not enough."""
     sharded, whole = small_model(), small_model()
     for block in sharded.backbone.layers:
         fully_shard(block)
