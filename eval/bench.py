@@ -69,7 +69,7 @@ def record(commit: str | None = None) -> dict[str, Any]:
         "machine": _machine(),
         "commit": commit or _commit(),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda} | _package_versions(),
-        "command": re.sub(r" --output \S+", "", command),  # where results were written changes none
+        "command": _without_output(command),
     }
 
 
@@ -85,6 +85,7 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(record["versions"] != records[0]["versions"] for record in records):
         raise EvaluationError("results of different versions of torch and others: measure them with the same")
     joined = {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "command")}
+    joined["command"] = _without_output(joined["command"])  # records of before have it
     last = records[-1]
     return {
         "machine": last["machine"],
@@ -92,6 +93,11 @@ def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "versions": last["versions"],
         "command": joined["command"],
     }
+
+
+def _without_output(command: str) -> str:
+    """Where results were written changes none."""
+    return re.sub(r" --output [^\s;]+", "", command)
 
 
 def tell(row: Row) -> None:
