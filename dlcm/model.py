@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from dlcm.blocks import LayerPast, TransformerStack, concept_block_shape, token_block_shape
@@ -43,6 +41,7 @@ from dlcm.layout import (
     closing,
 )
 from dlcm.selfcompress.quantiser import quantise_linears_
+from dlcm.sharding import sharing_ranks
 
 
 @dataclass
@@ -214,8 +213,9 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         """
         rooms, visibility = self.concept_rooms, self.config.visibility
         room = rooms.foresee(tokens, self.training)
-        # Ranks that share parameters run the same passes: where one must run one again, all do.
-        together = _sharing_ranks(self.backbone)
+        # Ranks that share parameters run the same passes: where one must run one again, all do. Without foresight, that
+        # all have or none has, nobody must.
+        together = sharing_ranks(next(self.backbone.parameters())) if rooms.foresight else None
         layout = ConceptLayout.from_boundaries(tokens, decided.boundary_T, visibility, rooms.bucket, room, together)
         y_TE = self.through_concepts_of(layout, h_TE, s_TE)
         rooms.saw(tokens, self.training, layout.counts)
@@ -427,11 +427,3 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         return global_parser_loss(
             decided, tokens, self.target_ratio, self.config.parser_scope, total, gradient_scale=ranks
         )
-
-
-def _sharing_ranks(stack: nn.Module) -> dist.ProcessGroup | None:
-    """Those that each hold a part of a sharded module's parameters; None where they are whole."""
-    parameter = next(stack.parameters())
-    if not isinstance(parameter, DTensor):
-        return None
-    return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)

@@ -41,7 +41,7 @@ from dlcm.codec.tensor import Backend, decompress, encode_once
 from eval.bench import Row, bars_table, record, tell, write_json
 from eval.bench_codec_report import CODEC, Results, must_show, page, plot
 from eval.calibration import input_hessians, windows_of
-from eval.codec import Mode, Weights, model_directory
+from eval.codec import Mode, Weights, weights_source
 from eval.codec_gradients import BUDGETS as GRADIENT_BUDGETS
 from eval.codec_gradients import train
 from eval.codec_methods import CLIPPED, ROTATED, ROUNDERS, ROUNDING, SHUFFLED
@@ -118,8 +118,7 @@ class Bench:
             loaded = load_checkpoint(path)
             positions = loaded.model.config.max_position_embeddings
             hessians = input_hessians(loaded.model, windows_of(loaded.tokenizer, self.texts.calibration, positions))
-        source = path if path.is_file() else model_directory(path)
-        return comparison(Weights(source), LEVELS, self.backends, workers=self.workers, hessians=hessians)
+        return comparison(Weights(weights_source(path)), LEVELS, self.backends, workers=self.workers, hessians=hessians)
 
     def models(self, path: Path) -> list[Row]:
         trials = [Trial(None)]
@@ -203,7 +202,7 @@ def measured_before(path: Path, recorded: dict[str, Any], settings: dict[str, An
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     labels = labels_of(options.checkpoints)
-    sources = {label: path if path.is_file() else model_directory(path) for label, path in labels.items()}
+    sources = {label: weights_source(path) for label, path in labels.items()}
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings |= {"checkpoints": {label: str(path) for label, path in sources.items()}}
     recorded = record(options.commit)

@@ -25,10 +25,8 @@ from eval.scoring import Scorer
 
 MOST_SECONDS, MOST_DIFFERENCE = 180.0, 1e-4
 BATCHES = (1, 3, 16)
-CHECKED, COMPARED = (
-    500,
-    16,
-)  # questions of each task, in fp32, whose attention goes document by document; and in batches
+CHECKED = 500  # questions of each task, in fp32, whose attention goes document by document
+COMPARED = 16  # of these, in batches
 WARM_UP = 32
 
 

@@ -29,11 +29,12 @@ Needs `pip install 'dlcm[codec]'`.
 """
 
 import argparse
+import functools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,7 +46,7 @@ from dlcm.codec import BACKENDS, TRANSFORMS, Blob, Container, compress_state, ra
 from eval.bench import markdown_table
 from eval.calibration import Model, error_costs, input_hessians, windows_of
 from eval.codec_report import LEVELS, comparison, comparison_table
-from eval.loading import EvaluationError, checkpoint_directory, load_checkpoint, positive, report_errors
+from eval.loading import EvaluationError, add_command, checkpoint_directory, load_checkpoint, positive, report_errors
 from eval.perplexity import read_texts
 from train.checkpoint import CHECKSUMS, file_of, tensor_files
 from train.data import file_sha256
@@ -203,6 +204,11 @@ def model_directory(path: Path) -> Path:
     return path
 
 
+def weights_source(path: Path) -> Path:
+    """What `Weights` reads of it: a file of safetensors itself, or see `model_directory`."""
+    return path if path.is_file() else model_directory(path)
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copies configuration and tokenizer."""
     for file in sorted(source.iterdir()):
@@ -237,7 +243,7 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 
 def _run_compare(options: argparse.Namespace) -> None:
-    source = options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint)
+    source = weights_source(options.checkpoint)
     hessians = None
     if options.calibration:
         hessians = input_hessians(*_model_and_windows(source, options.calibration))
@@ -248,7 +254,7 @@ def _run_compare(options: argparse.Namespace) -> None:
 
 
 def _run_rd(options: argparse.Namespace) -> None:
-    weights = Weights(options.checkpoint if options.checkpoint.is_file() else model_directory(options.checkpoint))
+    weights = Weights(weights_source(options.checkpoint))
     if options.tensor not in weights:
         raise EvaluationError(f"{options.checkpoint}: no tensor {options.tensor!r}; it has {', '.join(weights)}")
     rows = rate_distortion(weights[options.tensor], options.bits, backend=options.backend, transform=options.transform)
@@ -258,14 +264,7 @@ def _run_rd(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.codec", description="Checkpoints through a tensor codec.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, *paths: str) -> Any:
-        made = commands.add_parser(name, help=summary, description=summary)
-        made.set_defaults(run=run)
-        for path in paths:
-            made.add_argument(path, type=Path)
-        return made
+    command = functools.partial(add_command, parser.add_subparsers(required=True, metavar="COMMAND"))
 
     def coding(made: Any) -> None:
         made.add_argument("--backend", choices=BACKENDS, default="x264", help="(default: %(default)s)")

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlcm.codec import OldBlocks, Quantised, allocate, deviation, round_to_nearest
-from dlcm.codec.state import is_coded
+from dlcm.codec import OldBlocks, Quantised, round_to_nearest
+from dlcm.codec.state import is_coded, widths_by_cost
 from eval.bench import Row
 from eval.calibration import Model, error_costs, input_hessians, windows_of
 from eval.codec import Mode
@@ -103,9 +103,7 @@ def widths_of(trial: Trial, matrices: Mapping[str, Tensor], costs: Mapping[str, 
     assert trial.budget is not None
     if trial.mode == "uniform":
         return dict.fromkeys(matrices, trial.budget)
-    sizes, deviations = [x.numel() for x in matrices.values()], [deviation(x) for x in matrices.values()]
-    harms = [1.0 if costs is None else costs[name] for name in matrices]
-    return dict(zip(matrices, allocate(sizes, deviations, harms, trial.budget), strict=True))
+    return widths_by_cost(matrices, list(matrices), costs or dict.fromkeys(matrices, 1.0), trial.budget)
 
 
 def score(loaded: LoadedCheckpoint, documents: Sequence[Document]) -> Row:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -129,6 +130,17 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
     return number
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, *paths: str
+) -> argparse.ArgumentParser:
+    """Adds to a command's subparsers one that takes these paths, and is carried out by `options.run(options)`."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    made.set_defaults(run=run)
+    for path in paths:
+        made.add_argument(path, type=Path)
+    return made
 
 
 def report_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:

@@ -15,13 +15,13 @@ pass, whole and smaller, on the CPU.
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from dlcm.selfcompress.packing import (
 )
 from dlcm.selfcompress.quantiser import plain_, quantised_linears
 from eval.bench import Row, markdown_table
-from eval.loading import EvaluationError, checkpoint_directory, positive, report_errors
+from eval.loading import EvaluationError, add_command, checkpoint_directory, positive, report_errors
 from train.checkpoint import load_model, load_model_config
 from train.export import new_directory
 from train.tokenizer import load_tokenizer
@@ -234,15 +234,7 @@ def _run_speed(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.selfcompress", description="Models of few bits, packed.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, *paths: str) -> Any:
-        made = commands.add_parser(name, help=summary, description=summary)
-        made.set_defaults(run=run)
-        for path in paths:
-            made.add_argument(path, type=Path)
-        return made
-
+    command = functools.partial(add_command, parser.add_subparsers(required=True, metavar="COMMAND"))
     made = command("export", _run_export, "Packs a checkpoint.", "checkpoint", "packed")
     made.add_argument("--rest", choices=DTYPES, default="fp16", help="of what is not rounded (%(default)s)")
     command("inspect", _run_inspect, "Says where bits are.", "packed")

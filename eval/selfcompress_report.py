@@ -316,9 +316,9 @@ def masks(row: Row, path: Path) -> None:
     drawing.savefig(path)
 
 
-def write(rows: Sequence[Row], stages: Sequence[Row], output: Path) -> None:
+def write(rows: Sequence[Row], stages: Sequence[Row], output: Path, commit: str | None) -> None:
     """Writes everything."""
-    must_show, mean, recorded = bars(rows), means(rows), record()
+    must_show, mean, recorded = bars(rows), means(rows), record(commit)
     by_stage = stage_rows(stages)
     written = [_without(row, "run") for row in rows]
     write_json(output / f"{NAME}.json", recorded, must_show, rows=written, means=list(mean.values()), stages=by_stage)
@@ -348,7 +348,7 @@ def _without(row: Row, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in keys}
 
 
-def report(frontier: Path, stages: Path | None, output: Path, timed: bool) -> None:
+def report(frontier: Path, stages: Path | None, output: Path, timed: bool, commit: str | None) -> None:
     """Reads, measures, writes.
 
     Raises:
@@ -359,7 +359,7 @@ def report(frontier: Path, stages: Path | None, output: Path, timed: bool) -> No
         raise EvaluationError(f"{frontier}: no run of learned bits; run train.sweep first")
     of_stages = read_sweep(stages) if stages is not None else []
     rows = list(_measured(found, timed))
-    write(rows, of_stages, output)
+    write(rows, of_stages, output, commit)
 
 
 def _measured(found: Iterable[Row], timed: bool) -> Iterable[Row]:
@@ -376,8 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stages", type=Path, help="output of the sweep stages.yaml")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="directory (%(default)s)")
     parser.add_argument("--speed", action="store_true", help="time the smaller models on this CPU")
+    parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     options = parser.parse_args(arguments)
-    report(options.frontier, options.stages, options.output, options.speed)
+    report(options.frontier, options.stages, options.output, options.speed, options.commit)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def export(checkpoint: Path, output: Path, dtype: torch.dtype) -> Path:
         CheckpointError: there is none, or it is damaged, or the disk refused.
         ConfigError: `output` exists.
     """
+    directory = checkpoint_directory(checkpoint)
     with new_directory(output) as partial:
-        directory = checkpoint_directory(checkpoint)
         model = load_model(directory).to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         model.save_pretrained(partial)
         load_tokenizer(str(directory)).save_pretrained(partial)

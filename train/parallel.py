@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dlcm.blocks import Block
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.cross_attention import CrossAttention
+from dlcm.sharding import sharing_ranks
 from train.config import ConfigError, ParallelConfig
 from train.distributed import Ranks
 
@@ -131,8 +132,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def over_parts(values: Tensor, tensor: Tensor) -> Tensor:
     """Sums, in place, what ranks have found of their parts of a tensor, over those that hold one copy of it."""
-    if isinstance(tensor, DTensor):
-        dist.all_reduce(values, group=tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1))
+    group = sharing_ranks(tensor)
+    if group is not None:
+        dist.all_reduce(values, group=group)
     return values
 
 
@@ -151,7 +153,8 @@ def owned_tensors(tensors: Mapping[str, Tensor], owner: Mapping[str, int], rank:
     if not sharded:
         return
     some = next(iter(sharded.values()))
-    group = some.device_mesh.get_group(some.device_mesh.ndim - 1)  # of hybrid shards, those that make up one copy
+    group = sharing_ranks(some)
+    assert group is not None
     members = dist.get_process_group_ranks(group)
     queues = [[name for name in sharded if owner[name] == member] for member in members]
     for names in itertools.zip_longest(*queues):

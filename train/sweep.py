@@ -25,7 +25,8 @@ A point may name another `base` for its runs, so that an axis can hold different
                                    its configuration
 
 A run of which there is a line, with its very configuration, is not run again, though nothing else of it be there: a
-sweep goes on from results.jsonl alone, on another machine too.
+sweep goes on from results.jsonl alone, on another machine too. (What a report reads beside results, as curves or
+checkpoints, is gone then.)
 """
 
 import argparse

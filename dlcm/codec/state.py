@@ -57,7 +57,7 @@ def compress_state(
     share = room / max(1, sum(numel[name] for name in coded))
     if coded and share <= 0:
         raise CodecError(f"{bits:g} bits a value are spent on what is kept exactly; ask for more, or keep less")
-    widths = dict.fromkeys(coded, share) if costs is None else _allocated(tensors, coded, costs, share)
+    widths = dict.fromkeys(coded, share) if costs is None else widths_by_cost(tensors, coded, costs, share)
     for name, blob in blobs.items():
         tell(name, blob)
 
@@ -80,9 +80,14 @@ def compress_state(
     return blobs
 
 
-def _allocated(
+def widths_by_cost(
     tensors: Mapping[str, Tensor], coded: Sequence[str], costs: Mapping[str, float], mean_bits: float
 ) -> dict[str, float]:
+    """Bits per value of each tensor that is coded, whose mean over all their values is `mean_bits`.
+
+    Raises:
+        CodecError: a cost is missing; or see `allocate`.
+    """
     if missing := [name for name in coded if name not in costs]:
         raise CodecError(f"no cost of {', '.join(missing)}; give one for every matrix that is coded")
     sizes = [tensors[name].numel() for name in coded]
