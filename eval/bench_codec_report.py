@@ -205,25 +205,29 @@ def _bits(budgets: Sequence[float]) -> list[str]:
 
 
 def plot(path: Path, results: Results) -> None:
-    """Writes a PNG: relative MSE of weights on the left, bits per byte of compressed models on the right, by method;
-    none before either was measured.
+    """Writes a PNG: relative MSE of weights, then bits per byte of compressed models, by method; what was not measured
+    has no panel.
     """
-    labels = list(dict.fromkeys([*results.get("weights", {}), *results.get("models", {})]))
+    sections = [section for section in ("weights", "models") if results.get(section)]
+    labels = list(dict.fromkeys(label for section in sections for label in results[section]))
     if not labels:
         return
-    figure = Figure(figsize=(11, 4.0 * len(labels)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(labels), 2, squeeze=False)
-    for (errors, losses), label in zip(panels, labels, strict=True):
-        _draw(errors, totals(results.get("weights", {}).get(label, [])), "rel_mse")
-        models = [row for row in results.get("models", {}).get(label, []) if row["mode"] == "uniform"]
-        _draw(losses, [row for row in models if row["method"] is not None], "bits_per_byte")
-        for row in models:
-            if row["method"] is None:
-                losses.axhline(row["bits_per_byte"], color="black", linewidth=0.8, linestyle="--", label="uncompressed")
-        for axes, title, y in (
-            (errors, f"Weights: {label}", "relative MSE"),
-            (losses, f"Matrices compressed: {label}", "bits per byte"),
-        ):
+    figure = Figure(figsize=(5.5 * len(sections), 4.0 * len(labels)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(labels), len(sections), squeeze=False)
+    for line, label in zip(panels, labels, strict=True):
+        for axes, section in zip(line, sections, strict=True):
+            rows = results[section].get(label, [])
+            if section == "weights":
+                _draw(axes, totals(rows), "rel_mse")
+                title, y = f"Weights: {label}", "relative MSE"
+            else:
+                rows = [row for row in rows if row["mode"] == "uniform"]
+                _draw(axes, [row for row in rows if row["method"] is not None], "bits_per_byte")
+                for row in rows:
+                    if row["method"] is None:
+                        loss = row["bits_per_byte"]
+                        axes.axhline(loss, color="black", linewidth=0.8, linestyle="--", label="uncompressed")
+                title, y = f"Matrices compressed: {label}", "bits per byte"
             finish(axes, title, "bits a value, all included", y)
             if axes.has_data():
                 axes.set_yscale("log")

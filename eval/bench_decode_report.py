@@ -93,39 +93,48 @@ def must_show(rows: Sequence[Row]) -> dict[str, Bar]:
 
 def page(recorded: dict[str, Any], bars: dict[str, Bar], rows: Sequence[Row]) -> str:
     """The results as markdown."""
+    measured = {row["part"] for row in rows}
     parts = [
         "# Decoding and prefill",
         record_lines(recorded),
         "Written by `eval/bench_decode.py`, whose docstring says what a step is. Weights and caches in bf16; on a GPU "
         "steps are CUDA graphs. R is tokens per concept.",
-        "## Bars",
-        bars_table(bars),
-        "![Decoding speed by context and batch, bytes by token of context](decode.png)",
-        "## Decoding, DLCM over LLaMA",
-        "Tokens per second. `DLCM alone`: the LLaMA does not fit.",
-        ratio_table(rows),
-        "## Decoding",
-        speed_table(rows, "decode"),
-        "## What a step reads",
-        "Weights and keys and values, by the closed form: what a step needs to read, and how fast it was read. A speed "
-        "ratio is the ratio of bytes times the ratio of these rates. The backbone's weights are read in steps where a "
-        "segment closes in some row, in the share of steps shown: at batch 1 in one of R, in a large batch in all.",
-        bytes_read_table(rows),
-        "## Bytes per token of context",
-        "Of the entries that rows have, at the longest context measured. Whole: with encoder states, what the backbone "
-        "made of each concept, counts and ends of slots.",
-        context_bytes_table(rows),
-        "## Prefill",
-        "Prompts in one pass into a new cache, logits of the last token. TFLOP/s and MFU count what the models need.",
-        prefill_table(rows),
     ]
-    if any(row["part"] == "trained" for row in rows):
+    if measured & {"decode", "prefill"}:
+        parts += ["## Bars", bars_table(bars)]
+    if "decode" in measured:
+        parts += [
+            "![Decoding speed by context and batch, bytes by token of context](decode.png)",
+            "## Decoding, DLCM over LLaMA",
+            "Tokens per second. `DLCM alone`: the LLaMA does not fit.",
+            ratio_table(rows),
+            "## Decoding",
+            speed_table(rows, "decode"),
+            "## What a step reads",
+            "Weights and keys and values, by the closed form: what a step needs to read, and how fast it was read. A "
+            "speed ratio is the ratio of bytes times the ratio of these rates. The backbone's weights are read in "
+            "steps where a segment closes in some row, in the share of steps shown: at batch 1 in one of R, in a large "
+            "batch in all.",
+            bytes_read_table(rows),
+            "## Bytes per token of context",
+            "Of the entries that rows have, at the longest context measured. Whole: with encoder states, what the "
+            "backbone made of each concept, counts and ends of slots.",
+            context_bytes_table(rows),
+        ]
+    if "prefill" in measured:
+        parts += [
+            "## Prefill",
+            "Prompts in one pass into a new cache, logits of the last token. TFLOP/s and MFU count what the models "
+            "need.",
+            prefill_table(rows),
+        ]
+    if "trained" in measured:
         parts += [
             "## Trained models on text",
             "Steps read the text, in windows that each model takes for one document; boundaries are the model's own.",
             speed_table(rows, "trained"),
         ]
-    if any(row["part"] == "flips" for row in rows):
+    if "flips" in measured:
         parts += ["## Threshold flips", FLIPS, flips_table(rows)]
     parts += ["## What did not run", notes_table(rows)]
     return "\n\n".join(parts) + "\n"

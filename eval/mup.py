@@ -204,7 +204,9 @@ def plot(path: Path, results: Results) -> None:
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
         if axes.lines:
-            axes.legend(frameon=False, fontsize=8, title=None if axes is right else "d_token / d_concept")
+            many = axes is left
+            place, title = "upper left" if many else "best", None if axes is right else "d_token / d_concept"
+            axes.legend(frameon=False, fontsize=7, title=title, loc=place, ncols=2 if many else 1)
     figure.savefig(path)
 
 
