@@ -35,7 +35,7 @@ def checked(config_class: type[Config]) -> type[Config]:
     """`strict` validation whose errors are the validator's own line, and which takes 4 for 4.0."""
     config_class = strict(config_class)
     strict_init = config_class.__init__
-    fractions = {field.name for field in fields(config_class) if field.type is float}
+    fractions = {field.name for field in fields(config_class) if field.type in (float, float | None)}
 
     @functools.wraps(strict_init)
     def __init__(self: Config, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class TokenBlocksConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048  # longest document, in tokens
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02  # sigma_base of section 6.1, at mup_base_width
+    initializer_range: float | None = None  # sigma_base of section 6.1. None: 1 / sqrt(d_base), see mup.py
     mup_base_width: int | None = 256  # d_base of section 6.1; None is the standard parametrisation
     attention_backend: AttentionBackend = "auto"  # see attention.py
     quantiser: Quantiser = "none"  # of the weights of blocks and cross-attention, see selfcompress/quantiser.py
@@ -80,6 +80,8 @@ class TokenBlocksConfig(PreTrainedConfig):
         self._reject_unknown(kwargs)
         if self.token_kv_heads is None:
             self.token_kv_heads = self.token_heads
+        if self.initializer_range is None:
+            self.initializer_range = max(1, self.mup_base_width or self.d_token) ** -0.5
         super().__post_init__(**kwargs)
 
     def _reject_unknown(self, kwargs: dict[str, Any]) -> None:

@@ -6,6 +6,12 @@ epsilon eps_base / s. Mixed-width matrices follow their fan-in, so W_up (token t
 the keys and values of cross-attention (concept to token heads) with s_concept. Embedding and unembedding keep their
 variance and rate, logits are multiplied by 1 / s_token; vectors (norm gains, the null slot, smoothing) keep both.
 
+The paper leaves sigma_base open. 1 / sqrt(d_base), unless a configuration says otherwise, lets matrices keep the scale
+of what they multiply, at every width, and embeddings have unit variance, and a rate that is larger in the same
+proportion unless it is given. With 0.02 throughout, which suits widths of some 2,500, the first layers of a narrow
+model add up what hardly depends on the token, and its loss stays on a plateau for hundreds of steps, the longer the
+more layers there are.
+
 Roles follow from parameter *names* alone, so they survive torch.compile, data-parallel wrapping and sharding.
 """
 
@@ -20,7 +26,7 @@ from transformers import initialization as init
 
 from dlcm.config import DLCMConfig, TokenBlocksConfig
 
-RateGroup = Literal["token", "concept", "boundary", "other"]
+RateGroup = Literal["token", "concept", "boundary", "embedding", "other"]
 Initialisation = Literal["normal", "unit_normal", "identity", "ones", "zeros"]
 
 
@@ -49,7 +55,7 @@ class Role:
         return config.token_width_multiplier if self.fan_in == "token" else 1.0
 
 
-EMBEDDING = Role("embedding", "other", None, decays=False)
+EMBEDDING = Role("embedding", "embedding", None, "unit_normal", decays=False)
 UNEMBEDDING = Role("unembedding", "other", None)
 TOKEN_MATRIX = Role("token_matrix", "token", "token")
 CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
@@ -111,6 +117,7 @@ def initialize_(model: nn.Module, config: TokenBlocksConfig) -> None:
         role = role_of(name)
         match role.initialisation:
             case "normal":
+                assert config.initializer_range is not None  # the configuration has filled it in
                 init.normal_(parameter, std=config.initializer_range / role.width_multiplier(config) ** 0.5)
             case "unit_normal":
                 init.normal_(parameter, std=1.0)
@@ -130,6 +137,7 @@ def parameter_groups(
     lr_concept: float | None,
     lr_boundary: float | None,
     lr_other: float,
+    lr_embedding: float | None = None,
     eps: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
@@ -143,6 +151,7 @@ def parameter_groups(
         config: the model's configuration.
         lr_token, lr_concept, lr_boundary, lr_other: base learning rates of token matrices, concept matrices, the
             boundary detector's projections, and the rest; None where the model has no such parameters.
+        lr_embedding: of the embedding. None: lr_other / initializer_range, for its variance is 1 and not sigma_base^2.
         eps, weight_decay: base values.
 
     Raises:
@@ -151,7 +160,11 @@ def parameter_groups(
     """
     if isinstance(named_parameters, nn.Module):
         named_parameters = named_parameters.named_parameters()
+    if lr_embedding is None:
+        assert config.initializer_range is not None
+        lr_embedding = lr_other / config.initializer_range
     rates = {"token": lr_token, "concept": lr_concept, "boundary": lr_boundary, "other": lr_other}
+    rates["embedding"] = lr_embedding
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         role = role_of(name)

@@ -97,7 +97,7 @@ def model_of(d_token: int, d_concept: int, base: int | None) -> DLCMForCausalLM:
             target_ratio=float(STRIDE),
             max_position_embeddings=LENGTH,
             mup_base_width=base,
-            initializer_range=BASE**-0.5,  # matrices keep the scale of what they multiply
+            initializer_range=BASE**-0.5,  # in the control too, whatever the width
             aux_loss_weight=1.0,
         )
     )

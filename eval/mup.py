@@ -34,7 +34,7 @@ from train.sweep import RESULTS
 
 SWEEPS = ("transfer", "standard", "rates", "seeds")
 PROXY = "t128-c2"
-PROXY_RATE = {"token": 4e-3, "concept": 4e-3, "other": 4e-3, "boundary": 2e-4}
+PROXY_RATE = {"token": 4e-3, "concept": 4e-3, "other": 4e-3, "embedding": 4.5e-2, "boundary": 2e-4}
 ONE_STEP, MOST_LOST, DRIFT = 1.0, 0.005, 2.0
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # lines of results.jsonl by sweep
@@ -205,8 +205,10 @@ def plot(path: Path, results: Results) -> None:
         axes.set_xscale("log", base=2)
         if axes.lines:
             many = axes is left
-            place, title = "upper left" if many else "best", None if axes is right else "d_token / d_concept"
-            axes.legend(frameon=False, fontsize=7, title=title, loc=place, ncols=2 if many else 1)
+            legend = axes.legend(
+                frameon=False, fontsize=7, loc="upper left" if many else "best", ncols=2 if many else 1
+            )
+            legend.set_title(None if axes is right else "d_token / d_concept")
     figure.savefig(path)
 
 

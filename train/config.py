@@ -122,6 +122,7 @@ class OptimizerConfig:
     lr_concept: float | None = within(POSITIVE, None)  # null for the baseline: it has no concept parameters
     lr_boundary: float | None = within(POSITIVE, None)  # of a learned boundary detector, well below lr_token
     lr_other: float = within(POSITIVE)
+    lr_embedding: float | None = within(POSITIVE, None)  # null: lr_other / sigma_base, see dlcm/mup.py
     beta1: float = within(BELOW_ONE, 0.9)
     beta2: float = within(BELOW_ONE, 0.95)
     eps: float = within(POSITIVE, 1e-8)

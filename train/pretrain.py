@@ -412,6 +412,7 @@ def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
         lr_concept=settings.lr_concept,
         lr_boundary=settings.lr_boundary,
         lr_other=settings.lr_other,
+        lr_embedding=settings.lr_embedding,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )

@@ -108,17 +108,17 @@ WIDTHS = {
 }
 
 
-@pytest.mark.parametrize("base", [16, 64, None])
-def test_initial_scale_by_role(base: int | None):
+@pytest.mark.parametrize(("base", "sigma"), [(16, 0.05), (64, None), (None, 0.05), (None, None)])
+def test_initial_scale_by_role(base: int | None, sigma: float | None):
     """Standard deviation sigma / sqrt(s) of the fan-in, within five standard errors, for every matrix."""
     torch.manual_seed(0)
-    config = tiny_config(**WIDTHS, mup_base_width=base, initializer_range=0.05)
+    config = tiny_config(**WIDTHS, mup_base_width=base, initializer_range=sigma)
     s = {None: 1.0, "token": 64 / (base or 64), "concept": 144 / (base or 144)}
     drawn = 0
     for name, parameter in DLCMForCausalLM(config).named_parameters():
         role, weight = role_of(name), parameter.detach()
-        if role.initialisation == "normal":
-            std = 0.05 / math.sqrt(s[role.fan_in])
+        if role.initialisation == "normal" or name == "embed_tokens.weight":
+            std = 1.0 if name == "embed_tokens.weight" else (sigma or 1 / math.sqrt(64)) / math.sqrt(s[role.fan_in])
             error = std / math.sqrt(2 * weight.numel())
             assert abs(weight.square().mean().sqrt() - std) < 5 * error, name
             assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel()), name
@@ -165,7 +165,7 @@ def test_rates_epsilon_and_decay_by_role():
     assert model.config.token_width_multiplier == 2 and model.config.concept_width_multiplier == 3
     found = {name: (group["lr"], group["eps"], group["weight_decay"]) for name, group in groups.items()}
     expected = {
-        "embedding": (5e-3, 1e-8, 0.0),
+        "embedding": (5e-3 * math.sqrt(8), 1e-8, 0.0),  # lr_other / sigma_base
         "unembedding": (5e-3, 1e-8, 0.1),
         "token_matrix": (1e-3 / 2, 1e-8 / 2, 0.1 * 2),
         "concept_matrix": (3e-3 / 3, 1e-8 / 3, 0.1 * 3),
@@ -181,8 +181,9 @@ def test_rates_epsilon_and_decay_by_role():
 
 def test_the_standard_parametrisation_scales_nothing():
     model = tiny_dlcm(mup_base_width=None)
-    for group in parameter_groups(model, model.config, **RATES):
-        assert group["lr"] in (1e-3, 3e-3, 1e-4, 5e-3) and group["eps"] == 1e-8
+    for group in parameter_groups(model, model.config, **RATES, lr_embedding=0.1):
+        assert group["lr"] in ((0.1,) if group["name"] == "embedding" else (1e-3, 3e-3, 1e-4, 5e-3))
+        assert group["eps"] == 1e-8
         assert group["weight_decay"] in (0.0, 0.1)
 
 

@@ -40,7 +40,7 @@ def results(moved: float = 0.0, concept: float = 4e-3) -> dict[str, list[dict[st
 
     def single(run: Any) -> float:
         which = run.labels["which_rate"].partition("-")[0]
-        best = {"concept": concept, "boundary": 2e-4}.get(which, 4e-3)
+        best = {"concept": concept, "embedding": 4.5e-2, "boundary": 2e-4}.get(which, 4e-3)
         return valley(getattr(run.run.optimizer, f"lr_{which}"), best)
 
     return {
@@ -108,7 +108,7 @@ def test_curves_have_the_points_of_the_sweeps():
     assert all(len(curve.losses) == 7 for curve in transfer.values())
     rates = curves_by_rate(found["rates"])
     assert {which: len(curve.losses) for which, curve in rates.items()} == dict.fromkeys(
-        ("token", "concept", "other", "boundary"), 9
+        ("token", "concept", "other", "embedding", "boundary"), 9
     )
     assert {shape: number for shape, (_, number) in spreads(found).items()} == {f"t{w}-c2": 4 for w in WIDTHS}
 
