@@ -2,9 +2,10 @@
 
     tokens     keys and values of encoder and decoder (of all blocks, for the baseline), and encoder states
     concepts   keys and values of the backbone, and what it made of each concept, before smoothing
-    slots      keys and values of cross-attention, how many tokens had each slot as their newest, where it ended;
+    slots      keys and values of each cross-attention, how many tokens had each slot as their newest, where it ended;
                what is injected of it, if so configured
-    open       the segment that no boundary has closed yet: the sum of its states, and how many they are
+    open       where concepts are means, the segment that no boundary has closed yet: the sum of its states, and how
+               many they are
 
 So tokens cost what the token-level blocks cost, and concepts are paid for once in R tokens. Encoder states and concepts
 are there for the next token and concept, which look at the last one, and for `crop`, which makes another one the last.
@@ -28,6 +29,7 @@ from dlcm.attention import causal_attention
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.cached_attention import cached_attention
 from dlcm.config import AttentionBackend, DLCMConfig, LlamaBaselineConfig, TokenBlocksConfig
+from dlcm.cross_attention import cross_attentions
 from dlcm.layout import CLOSING_LAG, CachedSlots, Extension, PackedLayout
 
 KEYS_AND_VALUES = ("_keys", "_values")  # how the names of such tensors end
@@ -363,7 +365,7 @@ class ConceptCache(DecodingCache):
         most_concepts: at least as many concepts as any row has.
         concepts_B: closed segments of each row, which are its concepts.
         concepts, slots: see the module's docstring. Slot 0 is "no concept yet", slot j + 1 concept j.
-        open_sum_BE: fp32 or wider.
+        open_sum_BE: fp32 or wider; there, like the next, where concepts are means.
         open_count_B: tokens.
     """
 
@@ -389,15 +391,16 @@ class ConceptCache(DecodingCache):
             self.tokens.add("ends_word", like, (), torch.bool)
         self.concepts.add_stack("backbone", like, concept_block_shape(config), config.backbone_layers, product_dtype)
         self.concepts.add("reasoned", like, (config.d_concept,), dtype)
-        self.slots.add_stack("cross", like, token_block_shape(config), 1, product_dtype)
+        self.slots.add_stack("cross", like, token_block_shape(config), cross_attentions(config), product_dtype)
         self.slots.add("count", like, (), torch.int32)
         self.slots.add("end", like, (), torch.int32)
         if config.injection != "off":
             self.slots.add("injected", like, (config.d_token,), dtype)
         self.concepts_B = torch.zeros_like(like)
-        self.open_count_B = torch.zeros_like(like)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.open_sum_BE = torch.zeros(len(like), config.d_token, dtype=wide, device=like.device)
+        if config.pooling == "mean":
+            self.open_count_B = torch.zeros_like(like)
+            wide = torch.promote_types(dtype, torch.float32)
+            self.open_sum_BE = torch.zeros(len(like), config.d_token, dtype=wide, device=like.device)
 
     def reserve(self, columns: int) -> None:
         """See `DecodingCache.reserve`; and for one more concept, which is what a step can close."""
@@ -432,6 +435,10 @@ class ConceptCache(DecodingCache):
         """The same of each row's last token, (B, ..); of a row without tokens, nothing to be used."""
         return _entry(self.seen_BS, self.length_B - 1)
 
+    def states_at(self, row_M: Tensor, position_M: Tensor) -> Tensor:
+        """Encoder states of these tokens, (M, E), one of each row that is named."""
+        return self.tokens["states"][0][row_M, position_M]
+
     def last_concept(self) -> Tensor:
         """Each row's last concept, (B, C); of a row without concepts, nothing to be used."""
         return _entry(self.concepts["reasoned"][0], self.concepts_B - 1)
@@ -440,8 +447,8 @@ class ConceptCache(DecodingCache):
         """What is injected of each row's newest concept, (B, E); 0, as slot 0 always is, where there is none yet."""
         return _entry(self.slots["injected"][0], self.concepts_B)
 
-    def slots_seen(self, new: Extension, entry_T: Tensor) -> tuple[Tensor, Tensor, CachedSlots]:
-        """Keys and values of all slots of the rows that have new tokens, packed, and who sees which.
+    def slots_seen(self, new: Extension, entry_T: Tensor) -> tuple[CachedSlots, tuple[Tensor, Tensor]]:
+        """All slots of the rows that have new tokens, packed: who sees which, and where they are in the room of slots.
 
         Args:
             new: the new tokens.
@@ -450,7 +457,6 @@ class ConceptCache(DecodingCache):
         slots_B = torch.zeros_like(self.concepts_B).index_copy_(0, new.row_D, self.concepts_B[new.row_D] + 1).cpu()
         packed = Extension.of(slots_B, torch.zeros_like(slots_B), entry_T.device)
         where = packed.row_T, packed.layout.position_T
-        keys_SKN, values_SKN = (self.slots[name][0][where] for name in ("cross_keys", "cross_values"))
         cu_slots_D1 = packed.layout.cu_seqlens_D1
         seen = CachedSlots(
             tokens=new.layout,
@@ -461,16 +467,19 @@ class ConceptCache(DecodingCache):
         )
         one = self.slots["count"][0].new_ones(())
         self.slots["count"][0].index_put_((new.row_T, entry_T), one, accumulate=True)
-        return keys_SKN, values_SKN, seen
+        return seen, where
 
-    def read_slots(self, q_BHN: Tensor, active_B: Tensor) -> Tensor:
-        """What a step's queries read from the slots, (B, H, N); every row that is active counts for its newest slot."""
+    def count_newest(self, active_B: Tensor) -> None:
+        """Counts a step's token for the newest slot of each row that is active."""
         newest_B = self.concepts_B.masked_fill(~active_B, self.slots.entries)
         count_BS = self.slots["count"][0]
         count_BS.scatter_add_(1, newest_B[:, None], torch.ones_like(count_BS[:, :1]))
+
+    def read_slots(self, number: int, q_BHN: Tensor, active_B: Tensor) -> Tensor:
+        """What the queries of a step's cross-attention of this number read from the slots, (B, H, N), once counted."""
         length_B = (self.concepts_B + 1) * active_B
-        keys_BSKN, values_BSKN = self.slots["cross_keys"][0], self.slots["cross_values"][0]
-        counted = count_BS if self.config.slot_weighting == "replication" else None
+        keys_BSKN, values_BSKN = self.slots["cross_keys"][number], self.slots["cross_values"][number]
+        counted = self.slots["count"][0] if self.config.slot_weighting == "replication" else None
         return cached_attention(q_BHN, keys_BSKN, values_BSKN, length_B, counted)
 
     def _keep(self, columns: int) -> None:
@@ -487,7 +496,11 @@ class ConceptCache(DecodingCache):
         left_B1 = self.length_B[:, None] - first_BS.gather(1, newest_B1)
         count_BS.masked_fill_(slot_S > newest_B1, 0)
         count_BS.scatter_(1, newest_B1, torch.minimum(count_BS.gather(1, newest_B1), left_B1.int()))
+        if self.config.pooling == "mean":
+            self._sum_open(end_BS)
 
+    def _sum_open(self, end_BS: Tensor) -> None:
+        """Sums the states of each row's open segment anew; the others end at these positions."""
         start_B = torch.where(self.concepts_B > 0, _entry(end_BS, self.concepts_B) + 1, 0)
         self.open_count_B.copy_(self.length_B - start_B)
         self.open_sum_BE.zero_()
@@ -501,7 +514,8 @@ class ConceptCache(DecodingCache):
         if self.is_initialized:
             self.concepts.for_each(change)
             self.slots.for_each(change)
-            for name in ("concepts_B", "open_sum_BE", "open_count_B"):
+            open_books = ("open_sum_BE", "open_count_B") if self.config.pooling == "mean" else ()
+            for name in ("concepts_B", *open_books):
                 setattr(self, name, change(getattr(self, name)))
 
     def keys_and_values(self) -> Iterator[tuple[str, list[Tensor], Tensor]]:

@@ -134,9 +134,10 @@ def _regions(model: PackedCausalLM) -> Iterator[_Region]:
         if isinstance(model.detector, CosineDetector):
             yield _Region(model.detector, "score", "detector", by_document=True)
         yield _Region(model, "smooth", "model", varying_rows=True, by_document=True)
-        yield _Region(model.cross_attention, "queries", "cross")
-        yield _Region(model.cross_attention, "keys_and_values", "cross", varying_rows=True)
-        yield _Region(model.cross_attention, "after_attention", "cross")
+        for cross in model.cross_attentions:
+            yield _Region(cross, "queries", "cross")
+            yield _Region(cross, "keys_and_values", "cross", varying_rows=True)
+            yield _Region(cross, "after_attention", "cross")
 
 
 def _regions_of_steps(model: PackedCausalLM) -> Iterator[_Region]:

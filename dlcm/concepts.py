@@ -1,4 +1,9 @@
-"""From tokens to concepts (section 3.3.2, Eq. 7) and between neighbouring concepts (section 3.5.1, Eq. 11)."""
+"""From tokens to concepts (section 3.3.2, Eq. 7) and between neighbouring concepts (section 3.5.1, Eq. 11).
+
+Instead of the mean of a segment's states, that of its last token may stand for it. Under `inclusive` visibility, where
+a boundary ends its segment, this is the boundary token itself, seen from there on: as in H-Net (arXiv 2507.07955),
+which says that a chunk begins there.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +29,20 @@ def segment_sum(h_TE: Tensor, length_G: Tensor) -> Tensor:
 
 
 class ConceptPooling(nn.Module):
-    """c_k = W_up mean_{t in S_k} h_t (Eq. 7): (T, E) to (M, C)."""
+    """c_k = W_up mean_{t in S_k} h_t (Eq. 7), or W_up h_t of the last t in S_k: (T, E) to (M, C)."""
 
     def __init__(self, config: DLCMConfig):
         super().__init__()
+        self.kind = config.pooling
         self.up_proj = nn.Linear(config.d_token, config.d_concept, bias=False)
 
     def forward(self, h_TE: Tensor, layout: ConceptLayout) -> Tensor:
+        if self.kind == "last":
+            return self.project(h_TE.index_select(0, layout.last_M))
         return self.project(segment_mean(h_TE, layout).to(h_TE.dtype))
 
-    def project(self, mean_ME: Tensor) -> Tensor:
-        return self.up_proj(mean_ME).to(mean_ME.dtype)  # the backbone's residual stream is as wide as the tokens'
+    def project(self, pooled_ME: Tensor) -> Tensor:
+        return self.up_proj(pooled_ME).to(pooled_ME.dtype)  # the backbone's residual stream is as wide as the tokens'
 
 
 class AdjacentSmoothing(nn.Module):

@@ -25,6 +25,7 @@ AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen",
 CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
 SlotWeighting = Literal["replication", "uniform"]
 Injection = Literal["off", "first", "every"]
+Pooling = Literal["mean", "last"]
 Quantiser = Literal["none", "bits", "ternary"]
 
 
@@ -168,8 +169,10 @@ class DLCMConfig(TokenBlocksConfig):
     word_end_ids: list[int] | None = None  # of spaces, punctuation, .. for segmenter="words"; the tokenizer decides
     threshold: float = 0.5  # a boundary where p >= threshold (learned: at inference; rule: always)
     sharpening: float = 1.0  # exponent on the odds of p before the training-time Bernoulli draw
+    pooling: Pooling = "mean"  # of a segment's states (Eq. 7); "last" is the state of its last token, see concepts.py
     visibility: Visibility = "closed"  # which concepts a token sees, see ConceptLayout
     smoothing: Smoothing = "adjacent"  # of each concept with the one before, see concepts.py
+    cross_attention_every: int | None = None  # decoder layers, from the first on; None: once, before them all
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
     cross_attention_backend: CrossAttentionBackend = "auto"  # see cross_attention.py
     slot_weighting: SlotWeighting = "replication"  # a concept counts once per token (Eq. 17), or "uniform" (Eq. 14)
@@ -211,6 +214,11 @@ class DLCMConfig(TokenBlocksConfig):
         self._check_groups("concept", self.d_concept, self.concept_heads, self.concept_kv_heads, self.concept_ffn)
         if not (math.isfinite(self.target_ratio) and self.target_ratio >= 1):
             raise ValueError(f"target_ratio={self.target_ratio} must be at least 1 token per concept")
+        if self.cross_attention_every is not None and not 1 <= self.cross_attention_every <= self.decoder_layers:
+            raise ValueError(
+                f"cross_attention_every={self.cross_attention_every} must lie between 1 and "
+                f"decoder_layers={self.decoder_layers}; null is once, before all of them"
+            )
         if self.target_ratio == 1 and self.has_ratio_loss:
             raise ValueError(
                 f"target_ratio=1 needs segmenter='fixed': the ratio loss of '{self.segmenter}' divides by R - 1"

@@ -136,11 +136,17 @@ def masked_attention(
     return torch.cat(outputs).to(dtype)
 
 
+def cross_attentions(config: DLCMConfig) -> int:
+    """How many there are: one before the decoder, or one before every so many of its layers, from the first on."""
+    return 1 if config.cross_attention_every is None else -(-config.decoder_layers // config.cross_attention_every)
+
+
 class CrossAttention(nn.Module):
     """H + CrossAttend(H, Z) (Eq. 12-14), with RMSNorm on queries and keys (Eq. 16).
 
     Slot 0 of every document is a learned "no concept yet" vector: the first tokens attend to it. Under
-    `inclusive` visibility the first token already closes a concept, and replication leaves slot 0 unread.
+    `inclusive` visibility the first token already closes a concept, and replication leaves slot 0 unread. Where a model
+    has several cross-attentions, each has its own: what "no concept yet" says to one says nothing to another.
 
     With `clean_start`, a gate for each channel, zero at the start, stands before the residual connection.
     """

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.config import DLCMConfig, LlamaBaselineConfig
+from dlcm.cross_attention import cross_attentions
 from dlcm.injection import injections
 
 Config = DLCMConfig | LlamaBaselineConfig
@@ -55,7 +56,9 @@ def weighted_length(lengths: Iterable[float]) -> float:
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters of each stage; a final norm belongs to the stage it ends, smoothing to the backbone."""
+    """Parameters of each stage; a final norm belongs to the stage it ends, smoothing to the backbone, and all
+    cross-attentions are one stage.
+    """
     token = token_block_shape(config)
     table = config.vocab_size * config.d_token
     if isinstance(config, LlamaBaselineConfig):
@@ -78,7 +81,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
         "detector": 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
         "pooling": config.d_token * config.d_concept,
         "backbone": config.backbone_layers * _block_parameters(concept) + config.d_concept + smoothing,
-        "cross_attention": cross,
+        "cross_attention": cross_attentions(config) * cross,
         **_options(config, skip=config.d_token**2, injection=config.d_token * (config.d_concept + injections(config))),
         "decoder": config.decoder_layers * _block_parameters(token) + config.d_token,
         "head": table,
@@ -165,9 +168,12 @@ def _flops(
             "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
             "pooling": 2 * config.d_token * config.d_concept / ratio,
             "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys / ratio) / ratio,
-            "cross_attention": 2 * 2 * config.d_token**2
-            + 2 * 2 * config.d_concept * token.kv_width / ratio
-            + _attention_flops(config.d_token, cross_keys),
+            "cross_attention": cross_attentions(config)
+            * (
+                2 * 2 * config.d_token**2
+                + 2 * 2 * config.d_concept * token.kv_width / ratio
+                + _attention_flops(config.d_token, cross_keys)
+            ),
             **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
             "decoder": config.decoder_layers * _block_flops(token, keys),
             "head": head,
@@ -223,7 +229,9 @@ def training_memory(
     A block keeps, per token: its input, the residual between attention and SwiGLU (fp32), and in bf16 what products
     read: two normed inputs, queries, keys, values, what attention returns, gate, up, and their product. So
     4 (2 W) + 2 (2 W + W + 2 KV + W) + 2 (3 F) bytes. Recomputed, it keeps its input. Between the stacks of a DLCM some
-    ten tensors of token width are kept. Small things (statistics of norms and softmax, workspaces) are left out.
+    ten tensors of token width are kept; each later cross-attention adds its input (fp32), and in bf16 that normed,
+    queries before and after their norm, what they read (and what the gate multiplies), slots, keys likewise, values,
+    none of it recomputed. Small things (statistics of norms and softmax, workspaces) are left out.
 
     Args:
         config: of either model.
@@ -241,7 +249,10 @@ def training_memory(
         concepts = tokens / _ratio(config, tokens_per_concept)
         stacks = [(token, config.encoder_layers + config.decoder_layers, tokens)]
         stacks.append((concept_block_shape(config), config.backbone_layers, concepts))
+        later_by_token = FULL * config.d_token + HALF * (4 + config.clean_start) * config.d_token
+        later_by_concept = HALF * (config.d_concept + 3 * token.kv_width)
         between = 10 * FULL * config.d_token * tokens
+        between += (cross_attentions(config) - 1) * (tokens * later_by_token + concepts * later_by_concept)
     whole = [rows * _block_activation_bytes(shape) for shape, _, rows in stacks]
     if recompute:
         kept = sum(layers * rows * FULL * shape.width for shape, layers, rows in stacks) + max(whole)
@@ -283,7 +294,7 @@ def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = Non
         {
             "encoder": config.encoder_layers * pair,
             "backbone": config.backbone_layers * concept_pair / ratio,
-            "cross_attention": pair / ratio,
+            "cross_attention": cross_attentions(config) * pair / ratio,
             "decoder": config.decoder_layers * pair,
         }
     )
@@ -310,7 +321,7 @@ def decode_bytes(
     if isinstance(config, DLCMConfig):
         ratio = _ratio(config, tokens_per_concept)
         closing = 1 - (1 - 1 / ratio) ** batch
-        by_concept = 2 * number * config.d_concept * token_block_shape(config).kv_width
+        by_concept = 2 * number * cross_attentions(config) * config.d_concept * token_block_shape(config).kv_width
         weights["cross_attention"] += (closing - 1) * by_concept
         for stage in {"pooling", "backbone", "injection"} & weights.keys():
             weights[stage] *= closing

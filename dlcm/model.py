@@ -5,16 +5,15 @@
     Z = Backbone(C)                           concept width, causal, M << L
     y = Decoder(H + CrossAttend(H, Smooth(Z)))  concepts back to tokens, causal
 
-(`clean_start` and `injection` add to that, see their comments in `dlcm.config`.)
+(`clean_start`, `injection` and `cross_attention_every` add to that, see their comments in `dlcm.config`.)
 
 Two invariants come before everything: logits at position t depend on tokens <= t only, in training and in
 evaluation; and packed documents do not see each other. Legend: T tokens, M concepts, E = d_token, C = d_concept,
 V vocabulary, B x L padded rows, D documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from dlcm.cache import Appending, ConceptCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.concepts import SMOOTHERS, ConceptPooling, segment_sum
 from dlcm.config import DLCMConfig
-from dlcm.cross_attention import CrossAttention
+from dlcm.cross_attention import CrossAttention, cross_attentions
 from dlcm.decoding import Call, directly
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
 from dlcm.host import OnHost
@@ -82,7 +81,7 @@ class Read:
         h_BE: what goes on to cross-attention.
         decided: probabilities and boundaries, none for rows that are not active.
         closing_B: whether the row's open segment ends.
-        mean_BE: mean of that segment's states.
+        pooled_BE: what stands for that segment's states, before projection.
         end_B: position of its last token.
     """
 
@@ -90,7 +89,7 @@ class Read:
     h_BE: Tensor
     decided: Boundaries
     closing_B: Tensor
-    mean_BE: Tensor
+    pooled_BE: Tensor
     end_B: Tensor
 
 
@@ -120,6 +119,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.backbone_norm = nn.RMSNorm(config.d_concept, config.rms_norm_eps)
         self.smoothing = SMOOTHERS[config.smoothing](config)
         self.cross_attention = CrossAttention(config)
+        self.later_cross_attention = nn.ModuleList(CrossAttention(config) for _ in range(1, cross_attentions(config)))
         self.injection = None if config.injection == "off" else Injection(config)
         self.decoder = TransformerStack(token_shape, config.decoder_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
@@ -230,21 +230,49 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         """Pooling, backbone, cross-attention and decoder."""
         c_MC = self.pooling(s_TE, layout)
         z_MC = self.smooth(self.backbone(c_MC, layout.concepts), layout.concepts)
-        h_TE = self.cross_attention(h_TE, z_MC, layout)
         newest_TE = None
         if self.injection is not None:
             injected_ME = self.injection(z_MC)
             injected_SE = injected_ME.new_zeros(layout.num_slots, injected_ME.shape[1])
             newest_TE = injected_SE.index_copy(0, layout.slot_M, injected_ME).index_select(0, layout.slot_T)
-        return self.through_decoder(h_TE, layout.tokens, newest_TE)
+
+        def attend(number: int, x_TE: Tensor) -> Tensor:
+            return self.cross_attentions[number](x_TE, z_MC, layout)
+
+        return self.through_decoder(h_TE, layout.tokens, attend, newest_TE)
+
+    @property
+    def cross_attentions(self) -> list[CrossAttention]:
+        """All of them, in the order of the decoder's layers."""
+        return [self.cross_attention, *self.later_cross_attention]
 
     def through_decoder(
-        self, h_TE: Tensor, tokens: PackedLayout, newest_TE: Tensor | None, past: Sequence[LayerPast] | None = None
+        self,
+        h_TE: Tensor,
+        tokens: PackedLayout,
+        attend: Callable[[int, Tensor], Tensor],
+        newest_TE: Tensor | None,
+        past: Sequence[LayerPast] | None = None,
     ) -> Tensor:
-        """The decoder, and what is injected of the newest concept that each token sees."""
-        if self.injection is None or newest_TE is None:
-            return self.decoder(h_TE, tokens, past)
-        return self.decoder(h_TE, tokens, past, partial(self.injection.enter, newest_TE))
+        """Cross-attention, once before the decoder or again between its layers, and the decoder; (T, E) to (T, E).
+
+        Args:
+            h_TE: what goes on from the encoder.
+            tokens: the documents.
+            attend: makes of a cross-attention's number and the residual stream before it the one behind it.
+            newest_TE: what is injected of the newest concept that each token sees; None without injection.
+            past: of the decoder's layers.
+        """
+        every = self.config.cross_attention_every
+
+        def enter(layer: int, x_TE: Tensor) -> Tensor:
+            if every is not None and layer > 0 and layer % every == 0:
+                x_TE = attend(layer // every, x_TE)
+            if self.injection is not None and newest_TE is not None:
+                x_TE = self.injection.enter(newest_TE, layer, x_TE)
+            return x_TE
+
+        return self.decoder(attend(0, h_TE), tokens, past, enter)
 
     def smooth(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
         """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""
@@ -255,10 +283,10 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
     def start(self, cache: ConceptCache) -> None:
         """Slot 0 of every row is "no concept yet"."""
-        cross = self.cross_attention
-        nowhere_1 = torch.zeros(1, dtype=torch.long, device=cache.length_B.device)
-        k_1KN, v_1KN = cross.keys_and_values(cross.null_slot[None], cross.rope(nowhere_1))
-        cache.slots["cross_keys"][0][:, 0], cache.slots["cross_values"][0][:, 0] = k_1KN, v_1KN
+        rope = self.cross_attention.rope(torch.zeros(1, dtype=torch.long, device=cache.length_B.device))
+        for number, cross in enumerate(self.cross_attentions):
+            k_1KN, v_1KN = cross.keys_and_values(cross.null_slot[None], rope)
+            cache.slots["cross_keys"][number][:, 0], cache.slots["cross_values"][number][:, 0] = k_1KN, v_1KN
 
     def extend(self, input_ids_T: Tensor, new: Extension, cache: ConceptCache) -> tuple[Tensor, Boundaries]:
         where, tokens, row_D = Appending(new), new.layout, new.row_D
@@ -268,23 +296,27 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
         past_D = cache.concepts_B[row_D]
         segments = ClosedSegments.from_boundaries(new, decided.boundary_T, self.config.visibility)
-        sum_GE, count_G = self._segment_sums(s_TE, segments, row_D, cache)
+        mean_ME = self._segment_means(s_TE, segments, row_D, cache) if self.config.pooling == "mean" else None
         if len(segments.closed_M):
-            mean_ME = (sum_GE / count_G[:, None])[segments.closed_M].to(s_TE.dtype)
             closed_B = torch.zeros_like(cache.concepts_B).index_copy_(0, row_D, segments.closed_T[new.last_D])
             closed = Extension.of(closed_B.cpu(), cache.concepts_B.cpu(), h_TE.device)
             cache.reserve_concepts(closed.layout.max_seqlen)
-            self._reason(mean_ME, segments.end_M, Appending(closed), cache.last_concept()[closed.row_D], cache)
+            pooled_ME = cache.states_at(closed.row_T, segments.end_M) if mean_ME is None else mean_ME
+            self._reason(pooled_ME, segments.end_M, Appending(closed), cache.last_concept()[closed.row_D], cache)
             cache.concepts_B += closed_B
             cache.most_concepts += closed.layout.max_seqlen
 
         slot_T = past_D[tokens.document_T] + segments.closed_T
-        k_SKN, v_SKN, slots = cache.slots_seen(new, slot_T)
-        cross = self.cross_attention
-        q_THN = cross.queries(h_TE, cross.rope(tokens.position_T))
-        h_TE = cross.after_attention(h_TE, cross.attend(q_THN, k_SKN, v_SKN, slots))
+        seen, slot_S = cache.slots_seen(new, slot_T)
+        rope = self.cross_attention.rope(tokens.position_T)
+
+        def attend(number: int, x_TE: Tensor) -> Tensor:
+            cross = self.cross_attentions[number]
+            k_SKN, v_SKN = (cache.slots[name][number][slot_S] for name in ("cross_keys", "cross_values"))
+            return cross.after_attention(x_TE, cross.attend(cross.queries(x_TE, rope), k_SKN, v_SKN, seen))
+
         newest_TE = None if self.injection is None else cache.slots["injected"][0][new.row_T, slot_T]
-        h_TE = self.through_decoder(h_TE, tokens, newest_TE, cache.stack("decoder", cache.tokens, where))
+        h_TE = self.through_decoder(h_TE, tokens, attend, newest_TE, cache.stack("decoder", cache.tokens, where))
         return self.decoder_norm(h_TE), decided
 
     def extend_by_nothing(self) -> tuple[Tensor, Boundaries]:
@@ -302,16 +334,15 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             where.write(cache.seen_BS, seen_T)
         return self.detector(seen_T, where.layout, None, past_D)
 
-    def _segment_sums(
-        self, s_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache
-    ) -> tuple[Tensor, Tensor]:
-        """Sums of states and numbers of tokens, (G, E) and (G,), with the open segments' of before, and leaves those
-        that are open now in the cache.
+    def _segment_means(self, s_TE: Tensor, segments: ClosedSegments, row_D: Tensor, cache: ConceptCache) -> Tensor:
+        """Means of the states of those that close, (M, E), with what was open before; leaves in the cache the sums and
+        numbers of those that are open now.
         """
         sum_GE = segment_sum(s_TE, segments.length_G).index_add_(0, segments.first_D, cache.open_sum_BE[row_D])
         count_G = segments.length_G.index_add(0, segments.first_D, cache.open_count_B[row_D])
         cache.open_sum_BE[row_D], cache.open_count_B[row_D] = sum_GE[segments.open_D], count_G[segments.open_D]
-        return sum_GE, count_G
+        closed_M = segments.closed_M
+        return (sum_GE[closed_M] / count_G[closed_M, None]).to(s_TE.dtype)
 
     def step(
         self, input_ids_B: Tensor, active_B: Tensor, cache: ConceptCache, call: Call = directly, whole: bool = False
@@ -333,16 +364,25 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         decided = self._decide(input_ids_B, s_BE, where, cache.last_seen(), cache)
         decided = Boundaries(decided.probability_T.masked_fill(~active_B, 0), decided.boundary_T & active_B)
 
+        closing_B = closing(decided.boundary_T, where.layout, self.config.visibility)
+        end_B = cache.length_B - CLOSING_LAG[self.config.visibility]
+        if self.config.pooling == "mean":
+            pooled_BE = self._open_means(s_BE, active_B, closing_B, cache).to(s_BE.dtype)
+        else:
+            pooled_BE = cache.states_at(where.layout.document_T, end_B.clamp(min=0))
+        return Read(active_B, h_BE, decided, closing_B, pooled_BE, end_B)
+
+    def _open_means(self, s_BE: Tensor, active_B: Tensor, closing_B: Tensor, cache: ConceptCache) -> Tensor:
+        """Means of the segments that were open, (B, E), and leaves those in the cache that are open now."""
         lag = CLOSING_LAG[self.config.visibility]
         if lag == 0:
             self._add_to_open(s_BE, active_B, cache)
-        closing_B = closing(decided.boundary_T, where.layout, self.config.visibility)
         mean_BE = cache.open_sum_BE / cache.open_count_B.clamp(min=1)[:, None]
         cache.open_sum_BE.masked_fill_(closing_B[:, None], 0)
         cache.open_count_B.masked_fill_(closing_B, 0)
         if lag:
             self._add_to_open(s_BE, active_B, cache)
-        return Read(active_B, h_BE, decided, closing_B, mean_BE.to(s_BE.dtype), cache.length_B - lag)
+        return mean_BE
 
     def _add_to_open(self, s_BE: Tensor, active_B: Tensor, cache: ConceptCache) -> None:
         cache.open_sum_BE += s_BE.masked_fill(~active_B[:, None], 0)
@@ -351,32 +391,40 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     def reason(self, read: Read, cache: ConceptCache) -> None:
         """A step's second part, where segments closed: their concepts."""
         where = Stepping.of(cache.concepts_B, read.closing_B, cache.concepts)
-        self._reason(read.mean_BE, read.end_B, where, cache.last_concept(), cache)
+        self._reason(read.pooled_BE, read.end_B, where, cache.last_concept(), cache)
         cache.concepts_B += read.closing_B
 
     def _reason(
-        self, mean_ME: Tensor, end_M: Tensor, where: Appending | Stepping, past_DC: Tensor, cache: ConceptCache
+        self, pooled_ME: Tensor, end_M: Tensor, where: Appending | Stepping, past_DC: Tensor, cache: ConceptCache
     ) -> None:
-        """From the means of closed segments, whose last tokens have these positions, to what cross-attention reads."""
-        cross, concepts = self.cross_attention, where.layout
-        z_MC = self.backbone(self.pooling.project(mean_ME), concepts, cache.stack("backbone", cache.concepts, where))
+        """From what stands for closed segments, which end at these positions, to what cross-attention reads."""
+        concepts = where.layout
+        z_MC = self.backbone(self.pooling.project(pooled_ME), concepts, cache.stack("backbone", cache.concepts, where))
         where.write(cache.concepts["reasoned"][0], z_MC)
         smooth_MC = self.smooth(z_MC, concepts, past_DC)
-        k_MKN, v_MKN = cross.keys_and_values(smooth_MC, cross.rope(end_M))
-        read_M = {"cross_keys": k_MKN, "cross_values": v_MKN, "end": end_M}
+        rope = self.cross_attention.rope(end_M)
+        for number, cross in enumerate(self.cross_attentions):
+            k_MKN, v_MKN = cross.keys_and_values(smooth_MC, rope)
+            where.write(cache.slots["cross_keys"][number], k_MKN, shift=1)
+            where.write(cache.slots["cross_values"][number], v_MKN, shift=1)
+        where.write(cache.slots["end"][0], end_M, shift=1)
         if self.injection is not None:
-            read_M["injected"] = self.injection(smooth_MC)
-        for name, x_M in read_M.items():
-            where.write(cache.slots[name][0], x_M, shift=1)
+            where.write(cache.slots["injected"][0], self.injection(smooth_MC), shift=1)
 
     def answer(self, read: Read, cache: ConceptCache) -> Tensor:
         """A step's last part: cross-attention, decoder, and logits (B, V)."""
-        cross, active_B = self.cross_attention, read.active_B
+        active_B = read.active_B
         where = Stepping.of(cache.length_B, active_B, cache.tokens)
-        q_BHN = cross.queries(read.h_BE, cross.rope(where.layout.position_T))
-        h_BE = cross.after_attention(read.h_BE, cache.read_slots(q_BHN, active_B))
+        cache.count_newest(active_B)
+        rope = self.cross_attention.rope(where.layout.position_T)
+
+        def attend(number: int, x_BE: Tensor) -> Tensor:
+            cross = self.cross_attentions[number]
+            return cross.after_attention(x_BE, cache.read_slots(number, cross.queries(x_BE, rope), active_B))
+
         newest_BE = None if self.injection is None else cache.newest_injected()
-        h_BE = self.through_decoder(h_BE, where.layout, newest_BE, cache.stack("decoder", cache.tokens, where))
+        past = cache.stack("decoder", cache.tokens, where)
+        h_BE = self.through_decoder(read.h_BE, where.layout, attend, newest_BE, past)
         cache.length_B += active_B
         return self.last_logits(self.decoder_norm(h_BE)[:, None])[:, 0]
 

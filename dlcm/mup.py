@@ -72,22 +72,23 @@ BIT_DEPTH = Role("bit_depth", "other", None, "ones", decays=False)
 EXPONENT = Role("exponent", "other", None, "zeros", decays=False)
 NULL_SLOT = Role("null_slot", "other", None, "unit_normal", decays=False)
 
-# The first pattern that matches a parameter's name decides.
+# The first pattern that matches a parameter's name decides. (Later cross-attentions are those of
+# `later_cross_attention.*`.)
 ROLES: tuple[tuple[str, Role], ...] = (
     ("embed_tokens.weight", EMBEDDING),
     ("lm_head.weight", UNEMBEDDING),
     ("*norm.weight", GAIN),
     ("smoothing.mix", SMOOTHING),
-    ("cross_attention.null_slot", NULL_SLOT),
-    ("cross_attention.gate", GATE),
+    ("*cross_attention*.null_slot", NULL_SLOT),
+    ("*cross_attention*.gate", GATE),
     ("injection.gate", GATE),
     ("skip_proj.weight", SKIP_MATRIX),
     ("injection.up_proj.weight", CONCEPT_MATRIX),
     ("detector.?_proj.weight", BOUNDARY_MATRIX),
     ("pooling.up_proj.weight", TOKEN_MATRIX),
-    ("cross_attention.q_proj.weight", TOKEN_MATRIX),
-    ("cross_attention.o_proj.weight", TOKEN_MATRIX),
-    ("cross_attention.[kv]_proj.weight", CONCEPT_MATRIX),
+    ("*cross_attention*.q_proj.weight", TOKEN_MATRIX),
+    ("*cross_attention*.o_proj.weight", TOKEN_MATRIX),
+    ("*cross_attention*.[kv]_proj.weight", CONCEPT_MATRIX),
     ("backbone.layers.*_proj.weight", CONCEPT_MATRIX),
     ("encoder.layers.*_proj.weight", TOKEN_MATRIX),
     ("decoder.layers.*_proj.weight", TOKEN_MATRIX),

@@ -175,6 +175,8 @@ def fill_(cache: DecodingCache, context: int, ratio: float, generator: torch.Gen
     cache.slots["count"][0][:, : concepts + 1] = first_S.diff(append=first_S.new_tensor([context])).int()
     cache.concepts_B.fill_(concepts)
     cache.most_concepts = concepts
+    if cache.config.pooling == "last":
+        return
     start = int(end_M[-1]) + 1
     open_BSE = cache.tokens["states"][0][:, start:context]
     cache.open_count_B.fill_(context - start)

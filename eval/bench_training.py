@@ -229,7 +229,8 @@ class Bench:
         """How the next steps attend to concepts; None for a model that has none."""
         if backend is not None:
             assert isinstance(self.model, DLCMForCausalLM)
-            self.model.cross_attention.backend = backend
+            for cross in self.model.cross_attentions:
+                cross.backend = backend
 
     def set_documents(self, documents: int, length: int) -> None:
         """What the next steps train on: so many documents of so many tokens."""

@@ -30,7 +30,7 @@ STAGES = {
     "encoder": ("encoder.",),
     "boundary": ("detector.", "pooling."),
     "backbone": ("backbone.", "smoothing."),
-    "cross-attention": ("cross_attention.",),
+    "cross-attention": ("cross_attention.", "later_cross_attention."),
     "decoder": ("decoder.",),
     "head": ("lm_head.",),
 }

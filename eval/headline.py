@@ -52,6 +52,8 @@ IDEAS = {
     "half": "R = 2, concepts sqrt(2) as wide, a clean start",
     "words": "boundaries at word ends, seen at once, a clean start",
     "inject": "and the newest concept before every decoder layer",
+    "cross": "and cross-attention before every decoder layer",
+    "last": "concepts that are the state of their last token",
     "stale": "words seen from the next one on",
     "learned": "learned boundaries at the ratio of words",
     "stride": "a fixed stride at the ratio of words",

@@ -128,6 +128,8 @@ CHOICES: dict[str, Sequence[Any]] = {
     "clean_start": (False, True),
     "qk_norm": (False, True),
     "decoder_layers": (1, 2),
+    "cross_attention_every": (None, 1),
+    "pooling": ("mean", "last"),
 }
 
 

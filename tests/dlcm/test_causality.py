@@ -52,6 +52,7 @@ OPTIONS += [
         {"injection": "every"},
         {"clean_start": True},
         {"segmenter": "words", "injection": "first", "clean_start": True},
+        {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
     )
 ]
 
@@ -204,9 +205,10 @@ def test_catches_an_injection_of_the_slot_that_is_still_open(monkeypatch: pytest
     """Cross-attention as it should be, the injection one slot too new."""
     through = DLCMForCausalLM.through_decoder
 
-    def one_more(self, h_TE, tokens, newest_TE, past=None):
+    def one_more(self, h_TE, tokens, attend, newest_TE, past=None):
         last_T = tokens.is_first_T.roll(-1)
-        return through(self, h_TE, tokens, torch.where(last_T[:, None], newest_TE, newest_TE.roll(-1, 0)), past)
+        newer_TE = torch.where(last_T[:, None], newest_TE, newest_TE.roll(-1, 0))
+        return through(self, h_TE, tokens, attend, newer_TE, past)
 
     monkeypatch.setattr(DLCMForCausalLM, "through_decoder", one_more)
     assert largest_change({"injection": "first"}) > 1e-3

@@ -26,6 +26,7 @@ from tests.conftest import arrange, needs_compiler, random_documents, tiny_basel
 from tests.waits import counting_waits, masked_sdpa
 
 BUILDERS: list[Callable[..., PackedCausalLM]] = [tiny_dlcm, tiny_baseline]
+EVERY_LAYER: dict[str, Any] = {"cross_attention_every": 1, "decoder_layers": 2}
 # What the dlcm's boundaries can be like: p lies in [0, 1], so a threshold beyond it means all, or first tokens alone.
 THRESHOLDS = {"ragged": 0.5, "one concept": 2.0, "all boundary": -1.0}
 
@@ -149,7 +150,7 @@ def test_compiled_equals_eager(build: Callable[..., PackedCausalLM]):
 
 @pytest.mark.parametrize("segmenter", ["rule", "fixed"])
 def test_other_parts_compile(segmenter: str):
-    model = tiny_dlcm(segmenter=segmenter, smoothing="none", cross_attention_rope=False)
+    model = tiny_dlcm(segmenter=segmenter, smoothing="none", cross_attention_rope=False, pooling="last", **EVERY_LAYER)
     assert_same(model, compiled_copy(model), random_documents([9, 7], 0), rtol=1e-9, atol=1e-11)
 
 
@@ -239,7 +240,7 @@ def stacks(model: PackedCausalLM) -> list[TransformerStack]:
 
 @pytest.mark.parametrize("foresight", [False, True], ids=["waiting", "foreseeing"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("build", [functools.partial(tiny_dlcm, d_concept=TOKENS), tiny_baseline])
+@pytest.mark.parametrize("build", [functools.partial(tiny_dlcm, d_concept=TOKENS, **EVERY_LAYER), tiny_baseline])
 def test_nothing_is_compiled_after_the_first_step(
     build: Callable[..., PackedCausalLM], recompute: bool, foresight: bool
 ):

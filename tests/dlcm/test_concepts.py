@@ -80,6 +80,21 @@ def test_pooling_projects_the_mean_to_concept_width():
     torch.testing.assert_close(c_MC, loop_mean(h_TE, layout) @ pooling.up_proj.weight.T)
 
 
+@pytest.mark.parametrize("visibility", ["closed", "inclusive"])
+def test_the_last_state_may_stand_for_a_segment(visibility: str):
+    """Under `inclusive` it is the boundary's, and the newest that a token sees that of the newest boundary: H-Net's."""
+    pooling = ConceptPooling(tiny_config(pooling="last"))
+    h_TE = torch.randn(7, tiny_config().d_token, generator=torch.Generator().manual_seed(0))
+    boundary_T = torch.tensor([True, False, False, True, False, True, False])
+    layout = ConceptLayout.from_boundaries(packed([5, 2]), boundary_T, visibility, bucket=8)
+    last_M = {"closed": [2, 4, 6], "inclusive": [0, 3, 4, 5, 6]}[visibility]
+    c_MC = pooling(h_TE, layout)[: len(last_M)]
+    torch.testing.assert_close(c_MC, h_TE[last_M] @ pooling.up_proj.weight.T)
+    if visibility == "inclusive":
+        state_of_S = torch.full((layout.num_slots,), -1).index_copy(0, layout.slot_M, layout.last_M)
+        assert state_of_S[layout.slot_T].tolist() == [0, 0, 0, 3, 3, 5, 5]
+
+
 # Smoothing
 
 

@@ -78,6 +78,7 @@ def test_a_value_of_the_wrong_kind(build, key: str, value: Any):
         ("segmenter", ["learned", "rule", "fixed"]),
         ("visibility", ["closed", "inclusive"]),
         ("smoothing", ["adjacent", "none"]),
+        ("pooling", ["mean", "last"]),
         ("parser_scope", ["global", "sequence"]),
         ("attention_backend", ["auto", "flash_attn_4", "flash_attn", "torch_varlen", "sdpa"]),
         ("cross_attention_backend", ["auto", "ragged", "replicated", "masked"]),
@@ -152,6 +153,14 @@ def test_sizes_are_positive(build, key: str, value: int):
 @pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
 def test_less_than_one_token_per_concept(segmenter: str, ratio: float):
     rejected(tiny_config, f"target_ratio={ratio}", target_ratio=ratio, segmenter=segmenter)
+
+
+@pytest.mark.parametrize("every", [0, -1, 3])
+def test_cross_attention_before_every_so_many_layers_of_those_that_there_are(every: int):
+    rejected(
+        tiny_config, f"cross_attention_every={every}", "decoder_layers=2", "null", decoder_layers=2,
+        cross_attention_every=every,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("segmenter", ["learned", "rule"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcm.cross_attention import CrossAttention, replicated_attention
 from dlcm.layout import ConceptLayout, PackedLayout
-from tests.conftest import tiny_config
+from tests.conftest import random_documents, tiny_config, tiny_dlcm
 from tests.dlcm.test_attention import assert_same_function
 
 
@@ -213,3 +213,26 @@ def test_first_tokens_read_the_null_slot_alone(layout: ConceptLayout):
     for token in (0, 1, 4, 5, 6):
         torch.testing.assert_close(read_TE[token], expected_E)
     assert not torch.allclose(read_TE[2], expected_E)
+
+
+# Before which layers of the decoder
+
+
+@pytest.mark.parametrize(("every", "order"), [(None, "xddd"), (1, "xdxdxd"), (2, "xddxd"), (3, "xddd")])
+def test_before_which_layers(every: int | None, order: str):
+    """Each with parameters of its own, that move what follows."""
+    model = tiny_dlcm(1, cross_attention_every=every, decoder_layers=3)
+    ran: list[str] = []
+    for cross in model.cross_attentions:
+        cross.register_forward_hook(lambda *_: ran.append("x"))
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda *_: ran.append("d"))
+    (document,) = random_documents([12], 1)
+    with torch.no_grad():
+        before = model(document[None]).logits
+        assert "".join(ran) == order
+        for cross in model.cross_attentions:
+            cross.o_proj.weight.neg_()
+            assert (model(document[None]).logits - before).abs().max() > 1e-3
+            cross.o_proj.weight.neg_()
+    assert any(name.startswith("later") for name in model.state_dict()) == (order.count("x") > 1)

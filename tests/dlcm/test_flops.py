@@ -1,6 +1,7 @@
 """The closed forms against built models, torch's own counter, measured memory, and the paper's table."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,29 +43,33 @@ def counted(model: torch.nn.Module) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         output = model.eval()(ids)
     stages = {}
+    decoder = cross_attention = 0.0
     for name, operations in counter.get_flop_counts().items():
         products, batched = (
             sum(flops for op, flops in operations.items() if ("bmm" in str(op)) == is_batched)
             for is_batched in (False, True)
         )
-        if name.endswith("cross_attention"):
+        name = name.partition(".")[2]
+        if is_cross_attention := re.fullmatch(r"cross_attention|later_cross_attention\.\d+", name) is not None:
             # closed visibility: the null slot, and every segment before the token's own
             pairs = output.boundaries.cumsum(1).sum().item()
             batched = 2 * (2 * 2 * model.config.d_token * pairs)  # exact, so not halved
-        stages[name.rpartition(".")[2]] = (products + batched / 2) / ids.numel()
-    return stages
+        stages[name] = (products + batched / 2) / ids.numel()
+        cross_attention += stages[name] * is_cross_attention
+        decoder += stages[name] * (re.fullmatch(r"decoder\.layers\.\d+", name) is not None)
+    return stages | {"decoder": decoder, "cross_attention": cross_attention}  # later ones run within the decoder
 
 
-OPTIONS = {"injection": "every", "clean_start": True}
+OPTIONS = {"injection": "every", "clean_start": True, "cross_attention_every": 2, "decoder_layers": 5}
 MODULES = {"head": "lm_head", "skip": "skip_proj"}  # where their name is not that of the stage
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["", "options"])
+@pytest.mark.parametrize("options", [{"decoder_layers": 1}, OPTIONS], ids=["", "options"])
 @pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
 def test_dlcm_stages_match_the_counter(segmenter, options):
     config = DLCMConfig(
         **TOKENS, d_concept=96, concept_heads=4, concept_kv_heads=2, concept_ffn=160, segmenter=segmenter,
-        target_ratio=4.0, encoder_layers=2, backbone_layers=3, decoder_layers=1, d_scan=48, **options,
+        target_ratio=4.0, encoder_layers=2, backbone_layers=3, d_scan=48, **options,
     )  # fmt: skip
     model = DLCMForCausalLM(config)
     ratio = config.target_ratio
@@ -72,7 +77,7 @@ def test_dlcm_stages_match_the_counter(segmenter, options):
         model.detector.threshold, ratio = 0.0, 1.0
     expected = forward_flops(config, LENGTH, ratio).stages
     actual = counted(model)
-    assert ("skip" in expected and "injection" in expected) == bool(options)
+    assert ("skip" in expected and "injection" in expected) == (options is OPTIONS)
     for stage, flops in expected.items():
         # the rest of 2 % is the null slot of each document, which the formula leaves out
         assert actual.get(MODULES.get(stage, stage), 0) == pytest.approx(flops, rel=0.02), stage
@@ -153,7 +158,7 @@ def test_parameters_are_exact_stage_by_stage(segmenter: str, smoothing: str, qk_
         "detector": [model.detector],
         "pooling": [model.pooling],
         "backbone": [model.backbone, model.backbone_norm, model.smoothing],
-        "cross_attention": [model.cross_attention],
+        "cross_attention": model.cross_attentions,
         **({"skip": [model.skip_proj]} if config.clean_start else {}),
         **({"injection": [model.injection]} if model.injection is not None else {}),
         "decoder": [model.decoder, model.decoder_norm],
@@ -230,16 +235,17 @@ def test_the_cache_of_the_papers_pair():
     assert ours / theirs < 0.5
 
 
-def test_the_cache_is_what_decoding_keeps():
+@pytest.mark.parametrize("every", [None, 1])
+def test_the_cache_is_what_decoding_keeps(every: int | None):
     """Keys and values of tokens, closed concepts, and slots: fixed boundaries, 12 tokens of which 8 are in concepts."""
     sizes = dict(TOKENS, max_position_embeddings=64)
-    dlcm = DLCMForCausalLM(DLCMConfig(**sizes, segmenter="fixed", target_ratio=4.0))
+    dlcm = DLCMForCausalLM(DLCMConfig(**sizes, segmenter="fixed", target_ratio=4.0, cross_attention_every=every))
     llama = LlamaBaselineForCausalLM(LlamaBaselineConfig(**sizes))
     input_ids = torch.randint(160, (2, 12))
     assert llama(input_ids, use_cache=True).past_key_values.key_value_bytes() == pytest.approx(
         2 * 12 * cache_bytes_per_token(llama.config, number=4).total
     )
-    null_slots = 2 * 2 * 4 * 32  # of two rows; they do not grow
+    null_slots = 2 * 2 * 4 * 32 * len(dlcm.cross_attentions)  # of two rows; they do not grow
     kept = dlcm(input_ids, use_cache=True).past_key_values.key_value_bytes() - null_slots
     assert kept == pytest.approx(2 * 12 * cache_bytes_per_token(dlcm.config, 12 / 2, number=4).total)
 

@@ -41,7 +41,7 @@ def test_tokens_get_the_newest_slot_that_they_see(monkeypatch: pytest.MonkeyPatc
     model = tiny_dlcm(1, injection="first", segmenter="fixed", target_ratio=3.0, smoothing="none")
     found = []
 
-    def catch(h_TE, tokens, newest_TE, past=None):
+    def catch(h_TE, tokens, attend, newest_TE, past=None):
         found.append(newest_TE)
         return h_TE
 

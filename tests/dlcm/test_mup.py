@@ -40,6 +40,13 @@ CONCEPT_MATRICES = ["backbone.layers.1.attention.o_proj.weight", "backbone.layer
         ("cross_attention.null_slot", "null_slot"),
         ("encoder_norm.weight", "gain"),
         ("cross_attention.gate", "gate"),
+        ("later_cross_attention.0.q_proj.weight", "token_matrix"),
+        ("later_cross_attention.0.k_proj.weight", "concept_matrix"),
+        ("later_cross_attention.0.v_proj.weight", "concept_matrix"),
+        ("later_cross_attention.0.o_proj.weight", "token_matrix"),
+        ("later_cross_attention.0.null_slot", "null_slot"),
+        ("later_cross_attention.0.gate", "gate"),
+        ("later_cross_attention.0.q_norm.weight", "gain"),
         ("injection.gate", "gate"),
         ("injection.up_proj.weight", "concept_matrix"),
         ("skip_proj.weight", "skip_matrix"),
@@ -51,7 +58,8 @@ def test_roles_by_name(name: str, role: str):
 
 
 def with_all_options(qk_norm: bool = True) -> DLCMForCausalLM:
-    return tiny_dlcm(qk_norm=qk_norm, clean_start=True, injection="every")
+    later = {"cross_attention_every": 1, "decoder_layers": 2}
+    return tiny_dlcm(qk_norm=qk_norm, clean_start=True, injection="every", **later)
 
 
 @pytest.mark.parametrize("build", [with_all_options, tiny_baseline])

@@ -30,12 +30,13 @@ OPTIONS = [
     )
 ]
 OPTIONS += [{"segmenter": "words", "visibility": visibility} for visibility in ("closed", "inclusive")]
-OPTIONS += [{"injection": "every", "visibility": "closed"}]
+OPTIONS += [{"visibility": "closed", "injection": "every"}]
+OPTIONS += [{"visibility": "closed", "pooling": "last", "cross_attention_every": 1, "decoder_layers": 2}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 
 
 def name_of(options: dict[str, Any]) -> str:
-    return "-".join(options.values())
+    return "-".join(map(str, options.values()))
 
 
 def run(model: PackedCausalLM, documents: list[Tensor], arrangement: Arrangement, seed: int) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def test_steep_where_mixed_width_matrices_follow_their_fan_out(axis: str, stage:
     """Negative control for the one choice that is easy to get wrong."""
     swapped = {
         "pooling.up_proj.weight": replace(dlcm.mup.CONCEPT_MATRIX, name="fan_out_of_pooling"),
-        "cross_attention.[kv]_proj.weight": replace(dlcm.mup.TOKEN_MATRIX, name="fan_out_of_slots"),
+        "*cross_attention*.[kv]_proj.weight": replace(dlcm.mup.TOKEN_MATRIX, name="fan_out_of_slots"),
     }
     monkeypatch.setattr(dlcm.mup, "ROLES", tuple((pattern, swapped.get(pattern, role)) for pattern, role in ROLES))
     found = measured(axis, "muP")

@@ -106,7 +106,9 @@ SPIKE = 2  # counted from 0: the first step from which a run goes on
 WATCHED = {"deviations": 10.0, "window": 2}
 PRESSED = {"method": "learned", "target_bits": 1.0, "start": 0.0, "ramp": 0.5}
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
-PATHS = {"aux_loss_weight": 0.5, "clean_start": True, "injection": "every"}  # whose parameters are of no block
+# Whose parameters are of no block, or of one that runs within the decoder.
+PATHS = {"aux_loss_weight": 0.5, "clean_start": True, "injection": "every", "pooling": "last"}
+PATHS |= {"cross_attention_every": 1, "decoder_layers": 2}
 Command = tuple[list[str], list[str]]  # arguments, and which checkpoint is copied before, where to
 
 
