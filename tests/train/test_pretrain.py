@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,7 @@ from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from dlcm.global_parser import ratio_loss
+from tests.ranks import run_ranks
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import (
     KINDS,
@@ -422,29 +421,26 @@ def test_bf16_accumulation_reaches_every_parameter(architecture: str, data: Path
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-RUN_ALL = """
-import os, signal, sys
-import train.pretrain as module
-ranks = module.Ranks()
-*configs, stopped = sys.argv[1:]
-for config in configs:
-    run, _ = module.open_run(module.parse_arguments([config]), ranks)
-    assert module.pretrain(run, None, ranks) == 0
+def run_all_and_stop(configs: Sequence[str], stopped: str) -> None:
+    """Of two ranks; in the last run, one is told to stop, in its second step."""
+    ranks = Ranks()
+    for config in configs:
+        run, _ = pretrain_module.open_run(pretrain_module.parse_arguments([config]), ranks)
+        assert pretrain_module.pretrain(run, None, ranks) == 0
 
-def told_to_stop(run, model, batches, step, ranks):  # one rank alone, in its second step
-    if step == 1 and ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step_of(run, model, batches, step, ranks)
+    def told_to_stop(run: RunConfig, model: torch.nn.Module, batches: Any, step: int, ranks: Ranks) -> torch.Tensor:
+        if step == 1 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_backward(run, model, batches, step, ranks)
 
-step_of, module.forward_backward = module.forward_backward, told_to_stop
-run, _ = module.open_run(module.parse_arguments([stopped]), ranks)
-assert module.pretrain(run, None, ranks) == signal.SIGTERM
-ranks.leave()
-"""
+    pretrain_module.forward_backward = told_to_stop
+    run, _ = pretrain_module.open_run(pretrain_module.parse_arguments([stopped]), ranks)
+    assert pretrain_module.pretrain(run, None, ranks) == signal.SIGTERM
+    ranks.leave()
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path):
-    """Two gloo processes, launched by torchrun, against one process with twice the micro-batches; and both stop."""
+    """Two gloo processes against one process with twice the micro-batches; and both stop."""
     alone, pair = [tmp_path / "alone1", tmp_path / "alone2"], [tmp_path / "pair1", tmp_path / "pair2"]
     changes: dict[str, Any] = {"model": {"aux_loss_weight": 0.5}, "schedule": {"steps": 3, "warmup_steps": 0}}
 
@@ -457,22 +453,10 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
     stopped = write_config(
         tmp_path / "stopped.yaml", "llama", data, tmp_path / "stopped", log_every=100, evaluation={"every": 100}
     )
-    script, root = tmp_path / "run_all.py", Path(__file__).parents[2]
-    script.write_text(RUN_ALL)
-    answer = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        + [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)]
-        + [str(stopped)],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("from scratch") == 3  # one rank speaks
-    assert answer.stdout.count("stopped after step 3") == 1  # a step late, and at the same step on both ranks
+    configs = [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)]
+    said = run_ranks(2, tmp_path, run_all_and_stop, configs, str(stopped))
+    assert said.count("from scratch") == 3  # one rank speaks
+    assert said.count("stopped after step 3") == 1  # a step late, and at the same step on both ranks
     state = load_state(latest_checkpoint(tmp_path / "stopped"))
     assert state.step == 3
     per_token = forward_flops(pretrain_module.build_model_config(load_run_config(stopped)), 1).total
