@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,14 @@ torch.set_num_threads(1)  # for matrices this small, threads only cost
 
 VOCABULARY = 23
 WORD_ENDS = list(range(0, VOCABULARY, 2))  # for segmenter="words"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collector_is_not_spared() -> Iterator[None]:
+    """The full collection before that takes longer than all steps of a tiny run; tests/train/test_pretrain.py has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.pretrain.spare_the_collector", lambda: None)
+        yield
 
 
 def tiny_config(**overrides: Any) -> DLCMConfig:

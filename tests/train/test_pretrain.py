@@ -1,5 +1,6 @@
 """The training loop: exact resumption, one gradient however the batch is cut, and every way of going wrong."""
 
+import gc
 import json
 import math
 import os
@@ -496,10 +497,7 @@ def test_the_first_rank_verifies_the_data_for_all(data: Path, tmp_path: Path):
 # --- the same run, faster or smaller ---
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiled_and_recomputed_runs_are_the_plain_one(
-    architecture: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_compiled_and_recomputed_runs_are_the_plain_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """To rounding; the drawn boundaries are the same. Evaluation, whose last batch is shorter, is compiled too."""
     done: list[str] = []
 
@@ -520,7 +518,7 @@ def test_compiled_and_recomputed_runs_are_the_plain_one(
         "recomputed": {"activation_checkpointing": "full"},
         "compiled": {"compile": True, "activation_checkpointing": "full"},
     }.items():
-        config = write_config(tmp_path / f"{name}.yaml", architecture, data, tmp_path / name, **changes)
+        config = write_config(tmp_path / f"{name}.yaml", "dlcm", data, tmp_path / name, **changes)
         assert main([str(config)]) == 0
         reports.append(metrics(tmp_path / name))
         assert set(done) == {"plain": set(), "recomputed": {"recomputed"}, "compiled": {"recomputed", "compiled"}}[name]
@@ -542,6 +540,17 @@ def test_compiling_without_a_compiler_is_refused(
     assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run", compile=True))]) == 2
     assert_one_error(capsys, "found none (no-such-compiler): install one, name it in CXX, or train without compile")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_collector_is_spared_once_the_run_is_warm_and_whole_afterwards(
+    data: Path, tmp_path: Path, tap: Tap, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pretrain_module, "spare_the_collector", step_module.spare_the_collector)
+    frozen: dict[int, bool] = {}
+    tap.before = lambda step: frozen.update({step: gc.get_freeze_count() > 0})
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) == 0
+    assert frozen == {step: step >= pretrain_module.WARM_UP_STEPS for step in range(8)}
+    assert gc.get_freeze_count() == 0
 
 
 # --- the numbers ---
