@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from transformers import PreTrainedConfig
 
@@ -249,7 +249,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), resolved: b
 
 
 @functools.cache
-def _schema() -> DictConfig:
+def _schema() -> Any:
     """Defaults and types, which merging copies; to look them up takes as long as all else."""
     return OmegaConf.structured(RunConfig)
 
