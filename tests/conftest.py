@@ -4,13 +4,11 @@ Helpers are plain functions, imported as `from tests.conftest import tiny_dlcm`;
 examples in every run.
 """
 
-import gc
 import os
 import random
 import shutil
 import sysconfig
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import settings
 from torch import Tensor
 
@@ -44,7 +41,14 @@ torch.set_num_threads(1)  # for matrices this small, threads only cost
 
 VOCABULARY = 23
 WORD_ENDS = list(range(0, VOCABULARY, 2))  # for segmenter="words"
-PATIENCE = 240  # seconds for what two processes do together
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collector_is_not_spared() -> Iterator[None]:
+    """The full collection before that takes longer than the steps of a tiny run; tests/train/test_pretrain.py has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.pretrain.spare_the_collector", lambda: None)
+        yield
 
 
 def tiny_config(**overrides: Any) -> DLCMConfig:
@@ -184,24 +188,3 @@ def arrange(documents: Sequence[Tensor], arrangement: Arrangement) -> Batch:
         rows_BL[row, start : start + len(document)] = document
         real_BL[row, start : start + len(document)] = True
     return Batch({"input_ids": rows_BL, "attention_mask": real_BL.long()}, real_BL)
-
-
-def run_two_ranks(rank_main: Callable[[int, str], None], directory: Path) -> None:
-    """Runs `rank_main(rank, directory)` in two processes of one gloo group; what it raises is raised here."""
-    context = torch.multiprocessing.start_processes(
-        _in_group, (rank_main, str(directory)), nprocs=2, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + PATIENCE
-    while not context.join(timeout=max(deadline - time.monotonic(), 0)):
-        if time.monotonic() >= deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"two ranks were not done after {PATIENCE} seconds")
-
-
-def _in_group(rank: int, rank_main: Callable[[int, str], None], directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    rank_main(rank, directory)
-    gc.collect()  # see `train.distributed.Ranks.leave`
-    dist.destroy_process_group()

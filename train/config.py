@@ -6,8 +6,11 @@ here, before any tensor is allocated. The `model` section holds `architecture` (
 of that model's config.
 """
 
+import copy
 import dataclasses
 import difflib
+import functools
+import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -225,9 +228,11 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), resolved: b
     """
     if resolved:
         _check_resolved(Path(path))
-    sources = [*_read_with_bases(Path(path)), ("command line", _read_overrides(overrides))]
+    sources = _read_with_bases(Path(path))
+    if overrides:
+        sources.append(("command line", _read_overrides(overrides)))
     _check_keys(sources)
-    merged = OmegaConf.structured(RunConfig)
+    merged = _schema()
     for source, content in sources:
         try:
             merged = OmegaConf.merge(merged, content)
@@ -242,6 +247,12 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), resolved: b
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return run
+
+
+@functools.cache
+def _schema() -> Any:
+    """Defaults and types, which merging copies; to look them up takes as long as all else."""
+    return OmegaConf.structured(RunConfig)
 
 
 def save_run_config(run: RunConfig, path: str | Path) -> None:
@@ -440,8 +451,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str,
 def read_yaml(path: Path) -> dict[str, Any]:
     """The top level of a YAML file. Raises ConfigError where it is none."""
     try:
-        _check_depth(path.read_text(encoding="utf-8"))
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except Exception as error:  # not only YAMLError: a month 13, a number of 5000 digits and more raise as they like
@@ -452,6 +462,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if "\0" in str(value):
             raise ConfigError(f"{path}: {key} holds a NUL character, which no name of a file can; remove it")
     return {str(key): value for key, value in content.items()}
+
+
+@functools.lru_cache(maxsize=8)  # all runs of a sweep have the same bases
+def _parse_yaml(text: str) -> Any:
+    _check_depth(text)
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
 
 
 def _check_resolved(path: Path) -> None:

@@ -117,7 +117,7 @@ HALF = {"rtol": 1e-2, "atol": 1e-2}  # inputs are exact, probabilities and outpu
 # Against ordinary attention
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     st.sampled_from(HEADS),
@@ -218,7 +218,7 @@ def test_no_rows_and_no_capacity():
 # The newest entry, put there on the way
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     st.sampled_from(HEADS),

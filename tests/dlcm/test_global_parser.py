@@ -14,7 +14,8 @@ from dlcm import DLCMForCausalLM
 from dlcm.boundary import Boundaries
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss, ratio_loss
 from dlcm.layout import PackedLayout
-from tests.conftest import Batch, arrange, random_documents, run_two_ranks, tiny_dlcm
+from tests.conftest import Batch, arrange, random_documents, tiny_dlcm
+from tests.ranks import run_two_ranks
 
 ratios = st.floats(1.01, 64)
 

@@ -59,7 +59,7 @@ def test_no_neighbour(options: dict[str, Any], training: bool):
     model = tiny_dlcm(**options).train(training)
     changes = []
 
-    @settings(max_examples=15)
+    @settings(max_examples=8)
     @given(lengths_of_documents, st.data(), st.integers(0, 2**16))
     def check(lengths: list[int], data: st.DataObject, seed: int):
         trained_scale_(model, seed)
@@ -84,7 +84,7 @@ def test_rows_padding_and_packing_agree(options: dict[str, Any], training: bool)
     """Also in training: draws follow the packed order, which padding does not change."""
     model = tiny_dlcm(**options).train(training)
 
-    @settings(max_examples=8)
+    @settings(max_examples=4)
     @given(lengths_of_documents, st.integers(0, 2**16))
     def check(lengths: list[int], seed: int):
         trained_scale_(model, seed)

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from dlcm import DLCMForCausalLM
 from dlcm.blocks import recompute_blocks_
 from dlcm.layout import ConceptRooms
-from tests.conftest import random_documents, run_two_ranks, tiny_dlcm
+from tests.conftest import random_documents, tiny_dlcm
+from tests.ranks import run_two_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernel in Triton's interpreter")
 SETTINGS = {"plain": False, "recomputed": True}

@@ -1,17 +1,43 @@
 """The benchmark of several GPUs runs, on CPUs; and its bars follow from rows."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from eval.bench import Row
 from eval.bench_scale_out import MODELS, ONE, PAIRS, STRATEGIES, main, must_show, page, throughput_table
+from tests.ranks import RankProcesses
 
-TINY = ["device=cpu", "precision=fp32", "threads=1", "batch.rows=2", "data.sequence_length=32"]
+TINY = ["device=cpu", "precision=fp32", "threads=1", "batch.rows=2", "data.sequence_length=32", "model.vocab_size=512"]
 
 
+@pytest.fixture
+def without_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the commands do, in processes that have torch already: one of its own is this one."""
+
+    run_command = subprocess.run
+
+    def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess:
+        if command[0] != sys.executable:  # of git
+            return run_command(command, **options)
+        module = command.index("eval.bench_scale_out")
+        launcher, arguments = command[1 : module - 1], command[module + 1 :]
+        assert command[module - 1] == "-m"
+        if not launcher:
+            return subprocess.CompletedProcess(command, main(arguments))
+        assert launcher == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return subprocess.CompletedProcess(command, max(RankProcesses(2, tmp_path, main, arguments).wait()))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("without_imports")
 def test_two_processes_are_measured_against_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     command = ["--pairs", "demo", "--steps", "2", "--set", *TINY, "--output", str(tmp_path)]
     assert main(command) == 0

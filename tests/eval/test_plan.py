@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from dlcm.flops import parameter_counts, training_flops, training_memory
 from eval.accounting import build
 from eval.plan import Cluster, Groups, Memory, Traffic, groups, main, memory, plan, times, traffic
-from tests.conftest import random_documents, run_two_ranks, tiny_baseline_config, tiny_config
+from tests.conftest import random_documents, tiny_baseline_config, tiny_config
+from tests.ranks import run_two_ranks
 from train.config import ParallelConfig, build_model_config, load_run_config
 from train.distributed import Ranks
 from train.parallel import distribute

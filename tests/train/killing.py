@@ -9,17 +9,20 @@ be those of the other run, bit for bit.
 """
 
 import argparse
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.ranks import PRELOADED
 from tests.train.tiny import prepare_tiny, write_config
 from train.checkpoint import half_written, latest_checkpoint
 from train.metrics import METRICS_FILE, WALL_CLOCK, read_metrics
@@ -30,6 +33,7 @@ EVERY = 2  # steps from one checkpoint to the next
 STEPS_A_MOMENT = 12  # enough that no run is finished before its last moment has come
 MOMENTS = ("write", "step", "write", "start")
 PATIENCE = 120  # seconds for a process to come to its moment
+STARTS = multiprocessing.get_context("forkserver")  # processes are copies of one that has done the imports
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Kill:
     half_written: bool
 
 
-def kill_once(command: Sequence[str], run_dir: Path, moment: str, draw: random.Random) -> Kill:
+def kill_once(config: Path, run_dir: Path, moment: str, draw: random.Random) -> Kill:
     """Starts the run and kills it at its moment.
 
     Raises:
@@ -51,10 +55,12 @@ def kill_once(command: Sequence[str], run_dir: Path, moment: str, draw: random.R
     metrics = run_dir / METRICS_FILE
     before, left = metrics.stat().st_ino if metrics.exists() else None, _partials(run_dir)
     start, after, delay = step_to_continue(run_dir), draw.randint(1, 2 * EVERY + 1), draw.random()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = STARTS.Process(target=_run, args=(config, run_dir.parent / "said.txt"))
+    process.start()
+    assert process.pid is not None
     try:
         if moment == "start":
-            time.sleep(3 * delay)
+            time.sleep(0.3 * delay)
         else:  # a process writes the file of metrics anew, and then appends to it
             _wait(process, lambda: metrics.exists() and metrics.stat().st_ino != before and _step(run_dir) > start)
             _wait(process, lambda: _step(run_dir) >= start + after)
@@ -63,22 +69,29 @@ def kill_once(command: Sequence[str], run_dir: Path, moment: str, draw: random.R
         while moment == "write":
             _wait(process, lambda: not _partials(run_dir) <= left)
             time.sleep(0.005 * delay)
-            process.send_signal(signal.SIGSTOP)  # then there is time to see whether it is still at it
+            os.kill(process.pid, signal.SIGSTOP)  # then there is time to see whether it is still at it
             time.sleep(0.01)
             if not _partials(run_dir) <= left:
                 break
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     return Kill(moment, _step(run_dir), step_to_continue(run_dir), not _partials(run_dir) <= left)
 
 
-def _wait(process: subprocess.Popen, moment: Callable[[], bool]) -> None:
+def _run(config: Path, said: Path) -> None:
+    with said.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.exit(pretrain([str(config)]))
+
+
+def _wait(process: BaseProcess, moment: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not moment():
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended before it was killed, with status {process.returncode}")
+        if process.exitcode is not None:
+            raise RuntimeError(f"the run ended before it was killed, with status {process.exitcode}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"the moment to kill did not come in {PATIENCE} seconds")
         time.sleep(0.0002)
@@ -128,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> list[Kill]:
             )
             for run in ("killed", "alone")
         }
-        command, run_dir = [sys.executable, "-m", "train.pretrain", str(configs["killed"])], directory / "killed"
+        run_dir = directory / "killed"
+        STARTS.set_forkserver_preload(PRELOADED)
         for number in range(arguments.moments):
-            kill = kill_once(command, run_dir, MOMENTS[number % len(MOMENTS)], draw)
+            kill = kill_once(configs["killed"], run_dir, MOMENTS[number % len(MOMENTS)], draw)
             print(kill, flush=True)
             kills.append(kill)
             # While one checkpoint is being written there is only the one before.

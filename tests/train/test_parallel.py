@@ -1,11 +1,12 @@
 """Parameters on several ranks: whatever the strategy, the run of one process; and checkpoints that fit any other."""
 
+import datetime
+import functools
 import json
 import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,92 +16,29 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import train.pretrain
+import train.distributed
+import train.pretrain as pretrain_module
+import train.saving
+from dlcm.blocks import TransformerStack
+from dlcm.compilation import compile_blocks_
 from eval.loading import load_checkpoint
+from tests.ranks import RankProcesses, run_ranks
 from tests.train.tiny import prepare_tiny, write_config
-from train.checkpoint import KINDS, SavedTensors, latest_checkpoint, load_state, tensor_files, verify_checkpoint
+from train.checkpoint import (
+    KINDS,
+    SavedTensors,
+    has_checkpoints,
+    latest_checkpoint,
+    load_state,
+    tensor_files,
+    verify_checkpoint,
+)
 from train.config import ConfigError, ParallelConfig, RunConfig
 from train.distributed import PATIENCE, Ranks
 from train.metrics import WALL_CLOCK, read_metrics
 from train.parallel import check_parallel, keep_on_host
 from train.pretrain import main
 
-ROOT = Path(__file__).parents[2]
-# One group of ranks runs one command line after the other, some from a copy of a checkpoint. The residual stream is
-# fp32 in all of them; it is counted how often gradients are scattered; and runs called so have a spike.
-RUN_ALL = """
-import functools, json, sys
-import torch
-import torch.distributed as dist
-import train.pretrain as module
-from dlcm.blocks import TransformerStack
-from dlcm.compilation import compile_blocks_
-from tests.train.test_parallel import copy_checkpoint, spiking
-
-def checked(stack, x, *arguments):
-    y = through(stack, x, *arguments)
-    assert x.dtype == y.dtype == torch.float32
-    return y
-
-def counted(*arguments, **options):
-    scattered.append(1)
-    return scatter(*arguments, **options)
-
-through, TransformerStack.forward = TransformerStack.forward, checked
-name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # older torch
-scatter = getattr(dist, name)
-setattr(dist, name, counted)
-module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
-module.forward_backward = spiking(module.forward_backward)
-ranks = module.Ranks()
-for arguments, copied in json.loads(sys.argv[1]):
-    if copied:
-        ranks.on_first(lambda: copy_checkpoint(*copied))
-    run, checkpoint = module.open_run(module.parse_arguments(arguments), ranks)
-    scattered = []
-    assert module.pretrain(run, checkpoint, ranks) == 0
-    (module.Path(run.output) / f"scattered_{ranks.rank}").write_text(str(len(scattered)))
-ranks.leave()
-"""
-# One of two ranks is killed in a step, or while it writes its share of a checkpoint; or its disk is full then.
-LOSE_ONE = """
-import os, signal, sys, time
-import train.pretrain as module
-import train.saving
-
-def lost(run, model, batches, step, ranks):
-    if step == 3 and what == "step" and ranks.rank == 1:
-        while not module.has_checkpoints(module.Path(run.output)):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step_of(run, model, batches, step, ranks)
-
-def refused(tensors, path, metadata):
-    if "step_00000004" in str(path) and os.environ["RANK"] == "1":
-        if what == "write":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what == "disk":
-            raise OSError(28, "No space left on device")
-    save_file(tensors, path, metadata)
-
-config, _, what = sys.argv[1].rpartition(":")
-step_of, module.forward_backward = module.forward_backward, lost
-save_file, train.saving.save_file = train.saving.save_file, refused
-sys.exit(module.main([config]))
-"""
-HANG_ONE = """
-import datetime, os, signal, sys
-import train.distributed, train.pretrain as module
-
-def hung(run, model, batches, step, ranks):
-    if (step, ranks.rank) == (2, 1):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return step_of(run, model, batches, step, ranks)
-
-train.distributed.PATIENCE = datetime.timedelta(seconds=3)
-step_of, module.forward_backward = module.forward_backward, hung
-sys.exit(module.main([sys.argv[1]]))
-"""
 STEPS, HALF = 4, 2
 SPIKE = 2  # counted from 0: the first step from which a run goes on
 WATCHED = {"deviations": 10.0, "window": 2}
@@ -131,6 +69,83 @@ def spiking(forward_backward: Callable[..., torch.Tensor]) -> Callable[..., torc
         return sums
 
     return lengthened
+
+
+# What ranks do; what they patch is patched in their processes alone.
+
+
+def run_all(commands: Sequence[Command]) -> None:
+    """One command line after the other, some from a copy of a checkpoint.
+
+    The residual stream is fp32 in all of them; it is counted how often gradients are scattered; and runs called so have
+    a spike.
+    """
+    scattered: list[int] = []
+    through = TransformerStack.forward
+
+    def checked(stack: TransformerStack, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        y = through(stack, x, *arguments)
+        assert x.dtype == y.dtype == torch.float32
+        return y
+
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # older torch
+    scatter = getattr(dist, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        scattered.append(1)
+        return scatter(*arguments, **options)
+
+    TransformerStack.forward = checked  # type: ignore[method-assign]
+    setattr(dist, name, counted)
+    pretrain_module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
+    pretrain_module.forward_backward = spiking(pretrain_module.forward_backward)
+    ranks = Ranks()
+    for arguments, copied in commands:
+        if copied:
+            ranks.on_first(functools.partial(copy_checkpoint, *copied))
+        run, checkpoint = pretrain_module.open_run(pretrain_module.parse_arguments(arguments), ranks)
+        scattered.clear()
+        assert pretrain_module.pretrain(run, checkpoint, ranks) == 0
+        (Path(run.output) / f"scattered_{ranks.rank}").write_text(str(len(scattered)))
+    ranks.leave()
+
+
+def lose_one(config: str, what: str) -> int:
+    """One of two ranks is killed in a step, or while it writes its share of a checkpoint; or its disk is full then."""
+    step_of, save_file = pretrain_module.forward_backward, train.saving.save_file
+
+    def lost(run: RunConfig, model: torch.nn.Module, batches: Any, step: int, ranks: Ranks) -> torch.Tensor:
+        if step == 3 and what == "step" and ranks.rank == 1:
+            while not has_checkpoints(Path(run.output)):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of(run, model, batches, step, ranks)
+
+    def refused(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if "step_00000004" in str(path) and os.environ["RANK"] == "1":
+            if what == "write":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "disk":
+                raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    pretrain_module.forward_backward = lost
+    train.saving.save_file = refused
+    return main([config])
+
+
+def hang_one(config: str) -> int:
+    """One of two ranks stops, and the other has little patience."""
+    step_of = pretrain_module.forward_backward
+
+    def hung(run: RunConfig, model: torch.nn.Module, batches: Any, step: int, ranks: Ranks) -> torch.Tensor:
+        if (step, ranks.rank) == (2, 1):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step_of(run, model, batches, step, ranks)
+
+    train.distributed.PATIENCE = datetime.timedelta(seconds=3)
+    pretrain_module.forward_backward = hung
+    return main([config])
 
 
 class Runs:
@@ -164,22 +179,7 @@ class Runs:
         assert main(arguments) == 0
 
     def run_on(self, processes: int, *commands: Command) -> None:
-        answer = self.launch(processes, RUN_ALL, json.dumps(commands))
-        assert answer.returncode == 0, answer.stderr
-
-    def launch(self, processes: int, program: str, argument: str) -> subprocess.CompletedProcess[str]:
-        script = self.directory / "program.py"
-        script.write_text(program)
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        return subprocess.run(
-            [sys.executable, "-m", *launcher, str(script), argument],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+        run_ranks(processes, self.directory, run_all, commands)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.run_here(runs.start("paths", 4, model=PATHS))
     runs.run_here(runs.start("pressed-one", 4, compression=PRESSED))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pretrain, "forward_backward", spiking(train.pretrain.forward_backward))
+        patch.setattr(pretrain_module, "forward_backward", spiking(pretrain_module.forward_backward))
         runs.run_here(runs.start("spiked-one", 4, spikes=WATCHED))
     changed = ["batch.accumulation=1", "parallel.strategy=hybrid", "parallel.shard_size=2"]
     runs.run_on(
@@ -359,9 +359,9 @@ def test_sharded_in_bf16_is_ddp_in_bf16(runs: Runs):
 @pytest.mark.parametrize("what", ["step", "write", "disk"])
 def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(what: str, runs: Runs):
     (config,), _ = runs.start(what, 2, parallel=FSDP)
-    answer = runs.launch(2, LOSE_ONE, f"{config}:{what}")
-    assert answer.returncode != 0
-    (error,) = (line for line in answer.stderr.splitlines() if line.startswith("error: "))
+    lost = RankProcesses(2, runs.directory, lose_one, config, what)
+    assert lost.wait() == [2, 2 if what == "disk" else -signal.SIGKILL]
+    (error,) = (line for line in lost.text.splitlines() if line.startswith("error: "))
     if what == "disk":
         assert "step_00000004: could not be written ([Errno 28] No space left on device); earlier" in error
         assert os.listdir(runs[what] / "checkpoints") == ["step_00000002"]
@@ -374,29 +374,16 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_those_that_are_left(what: s
 
 
 def test_a_hung_rank_ends_the_run(runs: Runs):
-    """Started by hand, since torchrun waits half a minute for a process that does not heed SIGTERM."""
     (config,), _ = runs.start("hung", 2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", HANG_ONE, config],
-            cwd=ROOT,
-            env=os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
+    hung = RankProcesses(2, runs.directory, hang_one, config)
     try:
-        _, said = first.communicate(timeout=120)
-        assert first.returncode == 2 and second.poll() is None
+        first, second = hung.processes
+        first.join(timeout=120)
+        assert first.exitcode == 2 and second.exitcode is None
+        said = hung.said[0].read_text()
         assert "error: rank 0 lost another, which ended or hung (" in said and "--resume RUN_DIR" in said
     finally:
-        for process in (first, second):
-            process.kill()
-            process.communicate()
+        hung.end()
 
 
 def test_ranks_wait_for_each_other_for_so_long(monkeypatch: pytest.MonkeyPatch):

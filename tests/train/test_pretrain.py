@@ -1,13 +1,12 @@
 """The training loop: exact resumption, one gradient however the batch is cut, and every way of going wrong."""
 
+import gc
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from dlcm import DLCMForCausalLM
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from dlcm.global_parser import ratio_loss
+from tests.ranks import run_ranks
 from tests.train.tiny import MODELS, prepare_tiny, write_config
 from train.checkpoint import (
     KINDS,
@@ -422,29 +422,26 @@ def test_bf16_accumulation_reaches_every_parameter(architecture: str, data: Path
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-RUN_ALL = """
-import os, signal, sys
-import train.pretrain as module
-ranks = module.Ranks()
-*configs, stopped = sys.argv[1:]
-for config in configs:
-    run, _ = module.open_run(module.parse_arguments([config]), ranks)
-    assert module.pretrain(run, None, ranks) == 0
+def run_all_and_stop(configs: Sequence[str], stopped: str) -> None:
+    """Of two ranks; in the last run, one is told to stop, in its second step."""
+    ranks = Ranks()
+    for config in configs:
+        run, _ = pretrain_module.open_run(pretrain_module.parse_arguments([config]), ranks)
+        assert pretrain_module.pretrain(run, None, ranks) == 0
 
-def told_to_stop(run, model, batches, step, ranks):  # one rank alone, in its second step
-    if step == 1 and ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step_of(run, model, batches, step, ranks)
+    def told_to_stop(run: RunConfig, model: torch.nn.Module, batches: Any, step: int, ranks: Ranks) -> torch.Tensor:
+        if step == 1 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward_backward(run, model, batches, step, ranks)
 
-step_of, module.forward_backward = module.forward_backward, told_to_stop
-run, _ = module.open_run(module.parse_arguments([stopped]), ranks)
-assert module.pretrain(run, None, ranks) == signal.SIGTERM
-ranks.leave()
-"""
+    pretrain_module.forward_backward = told_to_stop
+    run, _ = pretrain_module.open_run(pretrain_module.parse_arguments([stopped]), ranks)
+    assert pretrain_module.pretrain(run, None, ranks) == signal.SIGTERM
+    ranks.leave()
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path):
-    """Two gloo processes, launched by torchrun, against one process with twice the micro-batches; and both stop."""
+    """Two gloo processes against one process with twice the micro-batches; and both stop."""
     alone, pair = [tmp_path / "alone1", tmp_path / "alone2"], [tmp_path / "pair1", tmp_path / "pair2"]
     changes: dict[str, Any] = {"model": {"aux_loss_weight": 0.5}, "schedule": {"steps": 3, "warmup_steps": 0}}
 
@@ -457,22 +454,10 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path):
     stopped = write_config(
         tmp_path / "stopped.yaml", "llama", data, tmp_path / "stopped", log_every=100, evaluation={"every": 100}
     )
-    script, root = tmp_path / "run_all.py", Path(__file__).parents[2]
-    script.write_text(RUN_ALL)
-    answer = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        + [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)]
-        + [str(stopped)],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.count("from scratch") == 3  # one rank speaks
-    assert answer.stdout.count("stopped after step 3") == 1  # a step late, and at the same step on both ranks
+    configs = [config(run_dir, accumulation) for run_dir, accumulation in zip(pair, (1, 2), strict=True)]
+    said = run_ranks(2, tmp_path, run_all_and_stop, configs, str(stopped))
+    assert said.count("from scratch") == 3  # one rank speaks
+    assert said.count("stopped after step 3") == 1  # a step late, and at the same step on both ranks
     state = load_state(latest_checkpoint(tmp_path / "stopped"))
     assert state.step == 3
     per_token = forward_flops(pretrain_module.build_model_config(load_run_config(stopped)), 1).total
@@ -512,10 +497,7 @@ def test_the_first_rank_verifies_the_data_for_all(data: Path, tmp_path: Path):
 # --- the same run, faster or smaller ---
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiled_and_recomputed_runs_are_the_plain_one(
-    architecture: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_compiled_and_recomputed_runs_are_the_plain_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """To rounding; the drawn boundaries are the same. Evaluation, whose last batch is shorter, is compiled too."""
     done: list[str] = []
 
@@ -536,7 +518,7 @@ def test_compiled_and_recomputed_runs_are_the_plain_one(
         "recomputed": {"activation_checkpointing": "full"},
         "compiled": {"compile": True, "activation_checkpointing": "full"},
     }.items():
-        config = write_config(tmp_path / f"{name}.yaml", architecture, data, tmp_path / name, **changes)
+        config = write_config(tmp_path / f"{name}.yaml", "dlcm", data, tmp_path / name, **changes)
         assert main([str(config)]) == 0
         reports.append(metrics(tmp_path / name))
         assert set(done) == {"plain": set(), "recomputed": {"recomputed"}, "compiled": {"recomputed", "compiled"}}[name]
@@ -558,6 +540,17 @@ def test_compiling_without_a_compiler_is_refused(
     assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run", compile=True))]) == 2
     assert_one_error(capsys, "found none (no-such-compiler): install one, name it in CXX, or train without compile")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_collector_is_spared_once_the_run_is_warm_and_whole_afterwards(
+    data: Path, tmp_path: Path, tap: Tap, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pretrain_module, "spare_the_collector", step_module.spare_the_collector)
+    frozen: dict[int, bool] = {}
+    tap.before = lambda step: frozen.update({step: gc.get_freeze_count() > 0})
+    assert main([str(write_config(tmp_path / "run.yaml", "llama", data, tmp_path / "run"))]) == 0
+    assert frozen == {step: step >= pretrain_module.WARM_UP_STEPS for step in range(8)}
+    assert gc.get_freeze_count() == 0
 
 
 # --- the numbers ---

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dlcm.codec import CodecError, compress, decompress, relative_mse
 from dlcm.codec.training import GradientCodec, PipelineCut, average_compressed, compress_at_most, gradient_code
-from tests.conftest import run_two_ranks
 from tests.dlcm.codec.test_tensor import gaussian
+from tests.ranks import run_two_ranks
 
 THREE = partial(compress, bits=3.0, backend="entropy")
 EIGHT = partial(compress, bits=8.0, backend="entropy")
