@@ -45,7 +45,7 @@ WORD_ENDS = list(range(0, VOCABULARY, 2))  # for segmenter="words"
 
 @pytest.fixture(scope="session", autouse=True)
 def collector_is_not_spared() -> Iterator[None]:
-    """The full collection before that takes longer than the steps of a tiny run; tests/train/test_pretrain.py has one."""
+    """The full collection takes longer than the steps of a tiny run; tests/train/test_pretrain.py has one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.pretrain.spare_the_collector", lambda: None)
         yield
