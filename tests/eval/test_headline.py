@@ -203,7 +203,7 @@ def test_command_writes_what_there_is(directory: Path, tmp_path: Path, capsys: p
 
 def test_every_model_of_the_configurations_has_its_idea(whole: list[Result]):
     lines = ledger(compare(whole))
-    assert len(lines) == 6 + 8 and all(idea != "-" for _, _, idea, _ in lines)
+    assert len(lines) == 8 + 10 and all(idea != "-" for _, _, idea, _ in lines)
 
 
 def test_nothing_to_report(tmp_path: Path):
