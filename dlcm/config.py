@@ -99,6 +99,12 @@ class TokenBlocksConfig(PreTrainedConfig):
         """s_token = d_token / d_base (section 6.1); 1 under the standard parametrisation."""
         return self.d_token / self.mup_base_width if self.mup_base_width else 1.0
 
+    @property
+    def sigma_base(self) -> float:
+        """Standard deviation of matrices at the base width (section 6.1)."""
+        assert self.initializer_range is not None  # filled in above
+        return self.initializer_range
+
     def validate_architecture(self) -> None:
         """Rejects impossible combinations (called by `strict` after every construction)."""
         _check_positive(self, "vocab_size", "d_token", "token_ffn", "max_position_embeddings")

@@ -27,7 +27,7 @@ from transformers import initialization as init
 from dlcm.config import DLCMConfig, TokenBlocksConfig
 
 RateGroup = Literal["token", "concept", "boundary", "embedding", "other"]
-Initialisation = Literal["normal", "unit_normal", "identity", "ones", "zeros"]
+Initialisation = Literal["normal", "small_normal", "unit_normal", "identity", "ones", "zeros"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Role:
         name: names the optimiser group.
         rate: which base learning rate applies.
         fan_in: which width multiplier applies: of the tokens, of the concepts, or none.
-        initialisation: `normal` has standard deviation initializer_range / sqrt(s).
+        initialisation: `normal` has standard deviation initializer_range / sqrt(s), `small_normal` its square at s = 1.
         decays: whether weight decay applies.
     """
 
@@ -56,7 +56,7 @@ class Role:
 
 
 EMBEDDING = Role("embedding", "embedding", None, "unit_normal", decays=False)
-UNEMBEDDING = Role("unembedding", "other", None)
+UNEMBEDDING = Role("unembedding", "other", None, "small_normal")  # so that the loss begins at that of a guess
 TOKEN_MATRIX = Role("token_matrix", "token", "token")
 CONCEPT_MATRIX = Role("concept_matrix", "concept", "concept")
 # W_q = W_k = 1 at the start makes p the distance of neighbouring encoder states, so that boundaries begin meaningful.
@@ -118,8 +118,9 @@ def initialize_(model: nn.Module, config: TokenBlocksConfig) -> None:
         role = role_of(name)
         match role.initialisation:
             case "normal":
-                assert config.initializer_range is not None  # the configuration has filled it in
-                init.normal_(parameter, std=config.initializer_range / role.width_multiplier(config) ** 0.5)
+                init.normal_(parameter, std=config.sigma_base / role.width_multiplier(config) ** 0.5)
+            case "small_normal":
+                init.normal_(parameter, std=config.sigma_base**2)
             case "unit_normal":
                 init.normal_(parameter, std=1.0)
             case "identity":
@@ -162,10 +163,9 @@ def parameter_groups(
     if isinstance(named_parameters, nn.Module):
         named_parameters = named_parameters.named_parameters()
     if lr_embedding is None:
-        assert config.initializer_range is not None
-        lr_embedding = lr_other / config.initializer_range
-    rates = {"token": lr_token, "concept": lr_concept, "boundary": lr_boundary, "other": lr_other}
-    rates["embedding"] = lr_embedding
+        lr_embedding = lr_other / config.sigma_base
+    rates = {"token": lr_token, "concept": lr_concept, "boundary": lr_boundary, "embedding": lr_embedding}
+    rates["other"] = lr_other
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         role = role_of(name)

@@ -73,7 +73,7 @@ def distribute(
     fully_shard(model, mesh=mesh)
     keep_on_host(model)
     if hasattr(model, "boundary_statistics"):  # the other way into the model
-        register_fsdp_forward_method(model, "boundary_statistics")
+        add_forward_method(model, "boundary_statistics")
     return model
 
 
@@ -91,15 +91,27 @@ def keep_on_host(model: nn.Module) -> None:
     it was given before: after every step, a small model's GPU would be idle while the host gets ahead again.
     """
 
-    def hide(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        on_host = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.device.type == "cpu"}
-        return args, {name: _Hidden(value) if name in on_host else value for name, value in kwargs.items()}
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, _hidden(kwargs)), prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, _shown(kwargs)), with_kwargs=True)
 
-    def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {name: value.tensor if isinstance(value, _Hidden) else value for name, value in kwargs.items()}
 
-    model.register_forward_pre_hook(hide, prepend=True, with_kwargs=True)  # before FSDP's own
-    model.register_forward_pre_hook(show, with_kwargs=True)
+def add_forward_method(model: nn.Module, name: str) -> None:
+    """Makes a method of a sharded model another way into it; what lies on the host stays there, as in `forward`."""
+    method = getattr(model, name)
+    setattr(model, name, lambda *args, **kwargs: method(*args, **_shown(kwargs)))
+    register_fsdp_forward_method(model, name)
+    sharded = getattr(model, name)
+    setattr(model, name, lambda *args, **kwargs: sharded(*args, **_hidden(kwargs)))
+
+
+def _hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """These, but what lies on the host is no tensor any more."""
+    on_host = {name for name, value in kwargs.items() if isinstance(value, Tensor) and value.device.type == "cpu"}
+    return {name: _Hidden(value) if name in on_host else value for name, value in kwargs.items()}
+
+
+def _shown(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tensor if isinstance(value, _Hidden) else value for name, value in kwargs.items()}
 
 
 def unwrapped(parallel: nn.Module) -> nn.Module:

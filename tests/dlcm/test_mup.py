@@ -125,8 +125,10 @@ def test_initial_scale_by_role(base: int | None, sigma: float | None):
     drawn = 0
     for name, parameter in DLCMForCausalLM(config).named_parameters():
         role, weight = role_of(name), parameter.detach()
-        if role.initialisation == "normal" or name == "embed_tokens.weight":
-            std = 1.0 if name == "embed_tokens.weight" else (sigma or 1 / math.sqrt(64)) / math.sqrt(s[role.fan_in])
+        if role.initialisation == "normal" or name in ("embed_tokens.weight", "lm_head.weight"):
+            chosen = sigma or 1 / math.sqrt(64)
+            of_tables = {"embed_tokens.weight": 1.0, "lm_head.weight": chosen**2}
+            std = of_tables.get(name, chosen / math.sqrt(s[role.fan_in]))
             error = std / math.sqrt(2 * weight.numel())
             assert abs(weight.square().mean().sqrt() - std) < 5 * error, name
             assert abs(weight.mean()) < 5 * std / math.sqrt(weight.numel()), name

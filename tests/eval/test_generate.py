@@ -503,7 +503,9 @@ def test_command_converses(
     standard_input(monkeypatch, b" a night\n/new\nIt was\n")
     options = ["--interactive", "--prompt", "It was", "--max-new-tokens", 8, "--temperature", 0]
     printed, remarks = run([trained.dlcm, *options, *["--boundaries"] * boundaries], capsys)
-    assert printed.replace("|", "").replace("⏎\n", "\n") == "\n".join([*said, said[0], ""])
+    # what an answer ends with in mid-character waits for the next turn (see above), where it stands before the line
+    printed, expected = (text.replace("\ufffd", "") for text in (printed, "\n".join([*said, said[0], ""])))
+    assert printed.replace("|", "").replace("⏎\n", "\n") == expected
     assert remarks == ""
 
 

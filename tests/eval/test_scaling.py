@@ -31,8 +31,8 @@ STEPS, TOKENS = 1000, 10**7  # of a run, and per step
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eval.scaling, "DRAWS", 12)
-    monkeypatch.setattr(dlcm.scaling, "STARTS", 40)
-    monkeypatch.setattr(dlcm.scaling, "REFINED", 2)
+    monkeypatch.setattr(dlcm.scaling, "STARTS", 80)
+    monkeypatch.setattr(dlcm.scaling, "REFINED", 3)
 
 
 def write_table(
