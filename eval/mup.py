@@ -34,7 +34,6 @@ from train.sweep import RESULTS
 
 SWEEPS = ("transfer", "standard", "rates", "seeds")
 PROXY = "t128-c2"
-PROXY_RATE = {"token": 4e-3, "concept": 4e-3, "other": 4e-3, "embedding": 4.5e-2, "boundary": 2e-4}
 ONE_STEP, MOST_LOST, DRIFT = 1.0, 0.005, 2.0
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # lines of results.jsonl by sweep
@@ -104,11 +103,6 @@ def read_results(directory: Path) -> Results:
     return found
 
 
-def rate_of(label: str) -> float:
-    """r2.83 is 2.83e-3."""
-    return float(label.removeprefix("r")) / 1000
-
-
 def shape_of(label: str) -> tuple[int, int]:
     """t512-c3 is d_token = 512, and concepts three times as wide."""
     match = re.fullmatch(r"t(\d+)-c(\d+)", label)
@@ -121,8 +115,8 @@ def curves_by_shape(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     """Loss against rate, for each shape, smallest first."""
     curves: dict[str, Curve] = {}
     for line in lines:
-        rate, loss = rate_of(line["labels"]["rate"]), line["validation"]["loss"]
-        curves.setdefault(line["labels"]["shape"], Curve()).losses[rate] = loss
+        curve = curves.setdefault(line["labels"]["shape"], Curve())
+        curve.losses[line["run"]["optimizer"]["lr_token"]] = line["validation"]["loss"]
     return dict(sorted(curves.items(), key=lambda item: shape_of(item[0])))
 
 
@@ -130,17 +124,29 @@ def curves_by_rate(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     """Loss against one rate of the proxy, for each of them."""
     curves: dict[str, Curve] = {}
     for line in lines:
-        which, _, position = line["labels"]["which_rate"].partition("-")
-        offset = int(position.replace("m", "-").removeprefix("p"))
-        curves.setdefault(which, Curve()).losses[PROXY_RATE[which] * 2 ** (offset / 2)] = line["validation"]["loss"]
+        which = line["labels"]["which_rate"].partition("-")[0]
+        curve = curves.setdefault(which, Curve())
+        curve.losses[line["run"]["optimizer"][f"lr_{which}"]] = line["validation"]["loss"]
     return curves
 
 
+def proxy_rates(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Where each rate of the proxy is while another moves: at the middle of its own axis."""
+    middles = {}
+    for line in lines:
+        which, _, position = line["labels"]["which_rate"].partition("-")
+        if position == "0":
+            middles[which] = line["run"]["optimizer"][f"lr_{which}"]
+    return middles
+
+
 def spreads(results: Results) -> dict[str, tuple[float, int]]:
-    """Standard deviation of the loss over seeds at the proxy's rate, and their number, for each shape."""
+    """Standard deviation of the loss over seeds, at the rate they were run at, and their number, for each shape."""
     losses: dict[str, list[float]] = {}
-    at_rate = [line for line in results.get("transfer", ()) if rate_of(line["labels"]["rate"]) == PROXY_RATE["token"]]
-    for line in (*at_rate, *results.get("seeds", ())):
+    others = results.get("seeds", ())
+    rates = {line["run"]["optimizer"]["lr_token"] for line in others}
+    same = [line for line in results.get("transfer", ()) if line["run"]["optimizer"]["lr_token"] in rates]
+    for line in (*same, *others):
         if line["validation"]["loss"] is not None:
             losses.setdefault(line["labels"]["shape"], []).append(line["validation"]["loss"])
     return {shape: (statistics.stdev(found), len(found)) for shape, found in losses.items() if len(found) > 1}
@@ -243,11 +249,12 @@ def page(recorded: Mapping[str, Any], results: Results) -> str:
                     None if seeds is None else f"{seeds[0]:.4f} ({seeds[1]})",
                 )
             )
+    middles = proxy_rates(results.get("rates", ()))
     single = [
         (
             which,
             f"{curve.optimum:.2e}",
-            f"{steps_between(curve.optimum, PROXY_RATE[which]):.2f}",
+            None if (moved := steps_between(curve.optimum, middles.get(which))) is None else f"{moved:.2f}",
             f"{curve.best[1]:.4f}",
         )
         for which, curve in curves_by_rate(results.get("rates", ())).items()
@@ -266,7 +273,7 @@ hold. Whether activations keep their scale is in [coord_check.md](coord_check.md
 
 {markdown_table(header, rows)}
 
-One rate at a time on the proxy, the others at {PROXY_RATE["token"]:g} ({PROXY_RATE["boundary"]:g} for boundaries):
+One rate at a time on the proxy, the others at {", ".join(f"{rate:g} ({which})" for which, rate in middles.items())}:
 
 {markdown_table(("rate of", "best", "steps of sqrt 2 from where it was", "loss"), single)}
 
