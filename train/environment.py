@@ -2,7 +2,8 @@
 
     RUN/starts.jsonl    one line for each time that a process group began to train: first start, restarts, resumptions
 
-Lines are only ever added. Nothing reads them but who wants to know, a year later, why step 40,000 is another.
+Lines are only ever added. Nothing reads them but results of sweeps, which say where runs were trained, and who wants to
+know, a year later, why step 40,000 is another.
 """
 
 import dataclasses
@@ -81,6 +82,16 @@ def record_start(run: RunConfig, step: int, processes: int, device: torch.device
         file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def last_place(run_dir: Path) -> dict[str, Any]:
+    """Device, versions and commit of the last process group that trained a run.
+
+    Raises:
+        OSError: there is no RUN/starts.jsonl.
+    """
+    last = json.loads((run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines()[-1])
+    return {key: last[key] for key in ("device", "versions", "commit")}
 
 
 def is_recorded(name: str) -> bool:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -36,6 +36,7 @@ from train.pretrain import ERRORS, check_run_directory, lacks_evaluation, step_t
 from train.signals import StopRequests
 
 POLL_SECONDS = 0.1
+Running = Set[str]  # names
 
 
 class RunsFailed(RuntimeError):
@@ -137,7 +138,7 @@ def carry_out(
     arguments: argparse.Namespace,
     table: Callable[[], str],
     at_once: int = 1,
-    when_one_is_done: Callable[[], None] = lambda: None,
+    when_one_is_done: Callable[[Running], None] = lambda running: None,
 ) -> int:
     """Shows, prints or runs, as the command line says; returns the exit status: 0, or 128 + N stopped by signal N.
 
@@ -257,9 +258,14 @@ class PassedOn(StopRequests):
 def run_all(
     runs: Sequence[PlannedRun],
     where: Sequence[Mapping[str, str]] = ({},),
-    when_one_is_done: Callable[[], None] = lambda: None,
+    when_one_is_done: Callable[[Running], None] = lambda running: None,
 ) -> int:
     """Runs what is not finished, as many at a time as there are places (see `places`).
+
+    Args:
+        runs: in the order in which they are started.
+        where: for each place, the environment variables that put a run there.
+        when_one_is_done: called after each success with the names of the runs that go on, whose files are theirs.
 
     Returns:
         0, or the number of the signal that stopped it.
@@ -291,7 +297,7 @@ def run_all(
                 free.append(place)
                 print(progress, _how_it_ended(planned, status, time.monotonic() - began, signals.number), flush=True)
                 if status == 0:
-                    when_one_is_done()
+                    when_one_is_done({planned.name for _, planned, _, _ in active.values()})
                 elif not signals.number:
                     failed.append(planned)
             if not done:

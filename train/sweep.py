@@ -21,8 +21,8 @@ run that it sets; a run is one point of every axis, and its name their labels:
 A point may name another `base` for its runs, so that an axis can hold different models: `llama: {base: llama.yaml}`.
 
     OUTPUT/NAME.*, OUTPUT/NAME/    a run (see train/runs.py)
-    OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, its last validation, and
-                                   its configuration
+    OUTPUT/results.jsonl           a line for each run that is finished: name, labels, tokens, its last validation, the
+                                   device, versions and commit it ended with, and its configuration
 
 A run of which there is a line, with its very configuration, is not run again, though nothing else of it be there: a
 sweep goes on from results.jsonl alone, on another machine too. (What a report reads beside results, as curves or
@@ -46,8 +46,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dlcm.flops import forward_flops, parameter_counts
 from train.config import ConfigError, RunConfig, build_model_config, config_differences, load_run_config
+from train.environment import last_place
 from train.runs import (
     PlannedRun,
+    Running,
     add_instead_of_running,
     carry_out,
     columns,
@@ -153,12 +155,17 @@ def _is_of(line: dict[str, Any], run: RunConfig | None) -> bool:
     return not config_differences(recorded, run)
 
 
-def write_results(runs: Sequence[SweptRun], path: Path, earlier: Results) -> list[SweptRun]:
-    """Writes what is known of runs: what they themselves have recorded, or `earlier` lines. Returns the former."""
-    finished = [run for run in runs if run.name not in earlier and is_finished(run.run)]
+def write_results(runs: Sequence[SweptRun], path: Path, earlier: Results, running: Running) -> list[SweptRun]:
+    """Writes what is known of runs: what they themselves have recorded, or `earlier` lines. Returns the former.
+
+    Those that are running are left out: one that saves its last checkpoint has all that is recorded, and is not
+    finished.
+    """
+    finished = [run for run in runs if run.name not in earlier and run.name not in running and is_finished(run.run)]
     lines = dict(earlier)
     for run in finished:
         line = {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
+        line |= last_place(Path(run.run.output))
         configuration = dataclasses.asdict(run.run)
         del configuration["output"]
         lines[run.name] = line | {"run": configuration}
@@ -194,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Path(sweep.output) / RESULTS
     earlier = read_results(runs, results)
 
-    def keep_results() -> None:
-        finished = write_results(runs, results, earlier)
+    def keep_results(running: Running) -> None:
+        finished = write_results(runs, results, earlier, running)
         for run in finished if not sweep.keep_checkpoints else []:
             shutil.rmtree(Path(run.run.output) / "checkpoints", ignore_errors=True)
 
@@ -204,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(earlier)} of {len(runs)} runs are in {results}", file=sys.stderr)
     status = carry_out(left, arguments, lambda: table(runs), sweep.at_once, keep_results)
     if not (arguments.list or arguments.print):
-        keep_results()
+        keep_results(set())
     return status
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ def test_as_many_at_a_time_as_there_are_places(
 ):
     active: dict[str, Slow] = {}
     seen: list[tuple[int, str]] = []
-    done: list[int] = []
+    done: list[Set[str]] = []
 
     def slow(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Slow:
         active[log_file.stem] = Slow(looks=3)
@@ -63,8 +63,9 @@ def test_as_many_at_a_time_as_there_are_places(
         return active[log_file.stem]
 
     monkeypatch.setattr(runs_module, "start", slow)
-    assert run_all(planned, [{"PLACE": str(i)} for i in range(number)], lambda: done.append(1)) == 0
-    assert list(active) == ["a", "b", "c"] and len(done) == 3
+    assert run_all(planned, [{"PLACE": str(i)} for i in range(number)], done.append) == 0
+    assert list(active) == ["a", "b", "c"] and len(done) == 3 and done[-1] == set()
+    assert max(map(len, done)) == most - 1
     assert max(running for running, _ in seen) == most
     assert len({place for _, place in seen}) == most
 

@@ -3,15 +3,19 @@
 import copy
 import dataclasses
 import json
+import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.train.conftest import Done
 from tests.train.tiny import prepare_tiny, write_config
 from train.config import ConfigError, load_run_config
+from train.pretrain import main as pretrain
 from train.sweep import load_sweep, main, read_results
 
 AXES = {
@@ -75,6 +79,7 @@ def test_each_run_is_run_once_and_results_are_those_of_runs(
     assert first[2]["labels"] == {"rate": "r2", "seed": "s0"} and first[0]["tokens"] == 1024
     losses = [line["validation"]["loss"] for line in first]
     assert len(set(losses)) == 4 and all(2 < loss < 7 for loss in losses)
+    assert first[0]["device"] == (platform.processor() or platform.machine()) and "commit" in first[0]
     (sweep.parent / "sweep" / "results.jsonl").unlink()
     assert main([str(sweep)]) == 0
     assert launched == NAMES and results(sweep) == first
@@ -107,6 +112,34 @@ def test_checkpoints_of_finished_runs_may_go(data: Path, tmp_path: Path, launche
     assert len(results(sweep)) == 4 and not list(tmp_path.glob("sweep/*/checkpoints"))
     assert main([str(sweep)]) == 0
     assert launched == NAMES and len(results(sweep)) == 4
+
+
+def test_a_run_that_saves_its_last_checkpoint_is_not_finished(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It has validated, and has no checkpoint yet; meanwhile another run ends."""
+
+    class Saving:
+        def __init__(self, run_dir: Path) -> None:
+            self.looks, (self.whole,) = 5, (run_dir / "checkpoints").glob("step_*")
+            self.unfinished = self.whole.rename(f"{self.whole}.tmp")
+
+        def poll(self) -> int | None:
+            self.looks -= 1
+            if self.looks >= 0:
+                return None
+            if self.unfinished.is_dir():
+                self.unfinished.rename(self.whole)
+            return 0 if self.whole.is_dir() else 1
+
+    def here(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Any:
+        status = pretrain(command[3:])
+        return Saving(log_file.with_suffix("")) if log_file.stem == "s0" else Done(status)
+
+    monkeypatch.setattr("train.runs.start", here)
+    sweep = write_sweep(tmp_path, data, keep_checkpoints=False, at_once=2, axes={"seed": AXES["seed"]})
+    assert main([str(sweep)]) == 0 and len(results(sweep)) == 2
+    assert not list(tmp_path.glob("sweep/*/checkpoints"))
 
 
 def test_listing_and_printing_run_nothing(sweep: Path, launched: list[str], capsys: pytest.CaptureFixture[str]):
