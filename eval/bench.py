@@ -154,6 +154,16 @@ def record_lines(recorded: Mapping[str, Any]) -> str:
     return f"Machine: {machine}.  \nVersions: {versions}.  \nCommit {recorded['commit']}; `{recorded['command']}`."
 
 
+def where_trained(lines: Iterable[Mapping[str, Any]]) -> str:
+    """What lines of sweeps (train/sweep.py) say of where their runs were trained."""
+    places = {
+        f"{line['device']} (commit {line['commit']}, torch {line['versions']['torch']})": None
+        for line in lines
+        if "device" in line
+    }
+    return "; ".join(places) or "not recorded"
+
+
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
     """Labels, a faint grid, no frame."""
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -28,7 +28,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.bench import PALETTE, Bar, bars_table, finish, markdown_table, record, record_lines, worst, write_json
+from eval.bench import (
+    PALETTE,
+    Bar,
+    bars_table,
+    finish,
+    markdown_table,
+    record,
+    record_lines,
+    where_trained,
+    worst,
+    write_json,
+)
 from eval.loading import EvaluationError, report_errors
 from train.sweep import RESULTS
 
@@ -73,6 +84,17 @@ class Curve:
         above = (x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0)
         below = (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0)
         return 2 ** (x1 - above / (2 * below)) if below else self.best[0]
+
+    def flat(self, within: float) -> tuple[float, float] | None:
+        """The rates, next to each other, around the best one whose losses are within so many nats of its."""
+        if self.best is None:
+            return None
+        low = high = (points := self.points).index(self.best)
+        while low > 0 and points[low - 1][1] <= self.best[1] + within:
+            low -= 1
+        while high + 1 < len(points) and points[high + 1][1] <= self.best[1] + within:
+            high += 1
+        return points[low][0], points[high][0]
 
 
 def steps_between(one: float | None, other: float | None) -> float | None:
@@ -210,10 +232,9 @@ def plot(path: Path, results: Results) -> None:
     for axes in (left, middle, right):
         axes.set_xscale("log", base=2)
         if axes.lines:
-            many = axes is left
-            legend = axes.legend(
-                frameon=False, fontsize=7, loc="upper left" if many else "best", ncols=2 if many else 1
-            )
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high + 0.35 * (high - low))  # the legend stands above the curves
+            legend = axes.legend(frameon=False, fontsize=7, loc="upper center", ncols=4 if axes is left else 3)
             legend.set_title(None if axes is right else "d_token / d_concept")
     figure.savefig(path)
 
@@ -249,13 +270,14 @@ def page(recorded: Mapping[str, Any], results: Results) -> str:
                     None if seeds is None else f"{seeds[0]:.4f} ({seeds[1]})",
                 )
             )
-    middles = proxy_rates(results.get("rates", ()))
+    middles, noise = proxy_rates(results.get("rates", ())), spread.get(PROXY, (0.0, 0))[0]
     single = [
         (
             which,
             f"{curve.optimum:.2e}",
             None if (moved := steps_between(curve.optimum, middles.get(which))) is None else f"{moved:.2f}",
             f"{curve.best[1]:.4f}",
+            " to ".join(f"{rate:.2e}" for rate in curve.flat(noise) or ()),
         )
         for which, curve in curves_by_rate(results.get("rates", ())).items()
         if curve.best is not None
@@ -275,8 +297,12 @@ hold. Whether activations keep their scale is in [coord_check.md](coord_check.md
 
 One rate at a time on the proxy, the others at {", ".join(f"{rate:g} ({which})" for which, rate in middles.items())}:
 
-{markdown_table(("rate of", "best", "steps of sqrt 2 from where it was", "loss"), single)}
+{markdown_table(("rate of", "best", "steps of sqrt 2 from where it was", "loss", "as good, given the seeds"), single)}
 
+As good: the rates around the best whose losses are above its by less than the standard deviation between seeds
+({noise:.4f} nats).
+
+Trained on {where_trained(line for lines in results.values() for line in lines)}.  
 {record_lines(recorded)}
 """
 

@@ -81,6 +81,13 @@ def test_an_optimum_at_the_edge_is_no_minimum():
     assert Curve({1e-3: None}).optimum is None
 
 
+def test_rates_are_as_good_whose_losses_are_near_without_a_worse_one_between():
+    curve = Curve({1.0: 2.0, 2.0: 2.2, 4.0: 2.04, 8.0: 2.0, 16.0: 2.05, 32.0: None})
+    assert curve.flat(0.0) == (1.0, 1.0) and Curve({1.0: None}).flat(1.0) is None
+    curve.losses[8.0] = 1.99
+    assert curve.flat(0.055) == (4.0, 8.0) and curve.flat(0.1) == (4.0, 16.0) and curve.flat(1.0) == (1.0, 16.0)
+
+
 def test_steps_are_factors_of_sqrt_2():
     assert steps_between(1e-3, 2e-3) == pytest.approx(2) and steps_between(2e-3, 2e-3) == 0
     assert steps_between(None, 1e-3) is None
