@@ -28,7 +28,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from dlcm.flops import forward_flops, parameter_counts
-from eval.bench import PALETTE, Bar, bars_table, finish, markdown_table, record, record_lines, worst, write_json
+from eval.bench import (
+    PALETTE,
+    Bar,
+    bars_table,
+    finish,
+    markdown_table,
+    record,
+    record_lines,
+    where_trained,
+    worst,
+    write_json,
+)
 from eval.loading import EvaluationError, report_errors
 from eval.matching import TOLERANCE
 from eval.mup import Curve
@@ -81,6 +92,7 @@ class Result:
         flops: of training.
         speed: median of tokens per second; None where none was logged.
         curve: training tokens and bits per byte of each validation.
+        trained: on what device, by what code.
     """
 
     setting: Setting
@@ -95,6 +107,7 @@ class Result:
     flops: float
     speed: float | None
     curve: tuple[tuple[int, float], ...]
+    trained: str
 
 
 # Reading
@@ -112,11 +125,11 @@ def read_results(directory: Path) -> list[Result]:
         for path in sorted((directory / kind).glob(f"*/{RESULTS}")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    labels = json.loads(line)
-                    name, labels = str(labels["name"]), dict(labels["labels"])
+                    content = json.loads(line)
+                    name, labels = str(content["name"]), dict(content["labels"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise EvaluationError(f"{path}: no results of a sweep ({error}); run train.sweep again") from error
-                found.append(read_result(kind, path.parent, name, labels))
+                found.append(read_result(kind, path.parent, name, labels, where_trained([content])))
     if not found:
         raise EvaluationError(
             f"{directory}: no results of {' or '.join(KINDS)}; run train.sweep on configs/headline first"
@@ -124,7 +137,7 @@ def read_results(directory: Path) -> list[Result]:
     return found
 
 
-def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str]) -> Result:
+def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str], trained: str) -> Result:
     """Of one run, from what it recorded."""
     match = re.fullmatch(r"(.+)-(\d+)", labels.get("model", ""))
     if match is None or Path(name).name != name:
@@ -134,12 +147,12 @@ def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str]) ->
     run = load_run_config(sweep / f"{name}.yaml", resolved=True)
     lines = read_metrics(sweep / name)
     validations = [line for line in lines if line["kind"] == "validation"]
-    trained = [line for line in lines if line["kind"] == "train"]
-    if not validations or not trained:
+    steps = [line for line in lines if line["kind"] == "train"]
+    if not validations or not steps:
         raise EvaluationError(f"{sweep / name}: metrics of a finished run have steps and validations; run it again")
     last, config = validations[-1], build_model_config(run)
     ratio = last.get("tokens_per_concept")
-    speeds = [line["tokens_per_second"] for line in trained if line.get("tokens_per_second")]
+    speeds = [line["tokens_per_second"] for line in steps if line.get("tokens_per_second")]
     return Result(
         setting=Setting(kind, int(match[2]), last["tokens"]),
         model=match[1],
@@ -150,9 +163,10 @@ def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str]) ->
         bpb=last["bpb"],
         tokens_per_concept=ratio,
         forward=forward_flops(config, run.data.sequence_length, ratio).total,
-        flops=trained[-1]["flops"],
+        flops=steps[-1]["flops"],
         speed=statistics.median(speeds) if speeds else None,
         curve=tuple((line["tokens"], line["bpb"]) for line in validations if line["bpb"] is not None),
+        trained=trained,
     )
 
 
@@ -582,6 +596,7 @@ FLOPs are forward, per token, over LLaMA's, at the tokens per concept (R) of the
 
 {markdown_table(("tokens", "model", "idea", "gap by size and tokens"), ledger(comparisons))}
 
+Trained on {"; ".join(dict.fromkeys(result.trained for result in results))}.  
 {record_lines(recorded)}
 """
 

@@ -33,10 +33,10 @@ RATIOS = {"words": 6.0, "inject": 6.0, "stale": 6.0, "stride": 6.0, "learned": 6
 
 
 def bits(run: SweptRun, kind: str) -> float:
-    """A baseline that is a power law of tokens and width and a valley over rates, and gaps to it."""
+    """A baseline that is a power law of tokens and width, and a valley where rates are swept, and gaps to it."""
     model, _, size = run.labels["model"].rpartition("-")
     baseline = 2.0 * (run.tokens / 50331648) ** -0.05 * (int(size) / 256) ** -0.1
-    steps_off = math.log2(run.run.optimizer.lr_token / 3e-3)
+    steps_off = math.log2(run.run.optimizer.lr_token / 3e-3) if "rate" in run.labels else 0.0
     seed_noise = 0.001 * run.run.seed * (1 if model == "llama" else -1)
     return baseline * (1 + 0.01 * steps_off**2 + seed_noise) * (1 + gap(kind, model, run.tokens))
 
