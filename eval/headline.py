@@ -13,7 +13,6 @@ and headline.png.
 """
 
 import argparse
-import json
 import math
 import re
 import statistics
@@ -45,7 +44,7 @@ from eval.matching import TOLERANCE
 from eval.mup import Curve
 from train.config import build_model_config, load_run_config
 from train.metrics import read_metrics
-from train.sweep import RESULTS
+from train.sweep import RESULTS, read_lines
 
 KINDS = ("bytes", "bpe")
 BASELINE, PAPER = "llama", "paper"
@@ -117,19 +116,15 @@ def read_results(directory: Path) -> list[Result]:
     """Of all finished runs of all sweeps.
 
     Raises:
-        EvaluationError: there is none, or a line that no sweep wrote.
-        ConfigError, MetricsError: a run's files cannot be read.
+        EvaluationError: there is none.
+        ConfigError, MetricsError: a file that no sweep wrote, or a run's files cannot be read.
     """
-    found = []
-    for kind in KINDS:
-        for path in sorted((directory / kind).glob(f"*/{RESULTS}")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    content = json.loads(line)
-                    name, labels = str(content["name"]), dict(content["labels"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise EvaluationError(f"{path}: no results of a sweep ({error}); run train.sweep again") from error
-                found.append(read_result(kind, path.parent, name, labels, where_trained([content])))
+    found = [
+        read_result(kind, path.parent, line)
+        for kind in KINDS
+        for path in sorted((directory / kind).glob(f"*/{RESULTS}"))
+        for line in read_lines(path)
+    ]
     if not found:
         raise EvaluationError(
             f"{directory}: no results of {' or '.join(KINDS)}; run train.sweep on configs/headline first"
@@ -137,10 +132,11 @@ def read_results(directory: Path) -> list[Result]:
     return found
 
 
-def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str], trained: str) -> Result:
-    """Of one run, from what it recorded."""
+def read_result(kind: str, sweep: Path, line: Mapping[str, Any]) -> Result:
+    """Of one run, from its line and what it recorded."""
+    name, labels = line["name"], line["labels"]
     match = re.fullmatch(r"(.+)-(\d+)", labels.get("model", ""))
-    if match is None or Path(name).name != name:
+    if match is None:
         raise EvaluationError(
             f"{sweep / RESULTS}: run '{name}' has no model like llama-256; use the sweeps of configs/headline"
         )
@@ -166,7 +162,7 @@ def read_result(kind: str, sweep: Path, name: str, labels: Mapping[str, str], tr
         flops=steps[-1]["flops"],
         speed=statistics.median(speeds) if speeds else None,
         curve=tuple((line["tokens"], line["bpb"]) for line in validations if line["bpb"] is not None),
-        trained=trained,
+        trained=where_trained([line]),
     )
 
 

@@ -15,7 +15,6 @@ Writes mup.json, mup.md and mup.png.
 """
 
 import argparse
-import json
 import math
 import re
 import statistics
@@ -41,7 +40,7 @@ from eval.bench import (
     write_json,
 )
 from eval.loading import EvaluationError, report_errors
-from train.sweep import RESULTS
+from train.sweep import RESULTS, read_lines
 
 SWEEPS = ("transfer", "standard", "rates", "seeds")
 PROXY = "t128-c2"
@@ -109,17 +108,11 @@ def read_results(directory: Path) -> Results:
     """What the sweeps have found so far.
 
     Raises:
-        EvaluationError: there is nothing, or a line that no sweep wrote.
+        EvaluationError: there is nothing.
+        ConfigError: a file that no sweep wrote.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for sweep in SWEEPS:
-        path = directory / sweep / RESULTS
-        if not path.is_file():
-            continue
-        try:
-            found[sweep] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise EvaluationError(f"{path}: no results of a sweep ({error}); run train.sweep again") from error
+    paths = {sweep: directory / sweep / RESULTS for sweep in SWEEPS}
+    found = {sweep: read_lines(path) for sweep, path in paths.items() if path.is_file()}
     if not any(found.values()):
         raise EvaluationError(f"{directory}: no results of {', '.join(SWEEPS)}; run train.sweep on configs/mup first")
     return found

@@ -13,7 +13,6 @@ this machine's CPU, which should be idle. Writes self_compression.json, .md and 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from eval.loading import EvaluationError, report_errors
 from eval.selfcompress import TOLERANCE, export, inspection, speed, verification
 from train.checkpoint import latest_checkpoint, load_model, load_model_config
 from train.metrics import read_metrics
-from train.sweep import RESULTS
+from train.sweep import RESULTS, read_lines
 
 NAME = "self_compression"
 FLOAT, TWO_BITS, TERNARY, LEARNED, NARROW = "float", "fixed-2", "ternary", "learned-", "narrow-"
@@ -64,19 +63,19 @@ def read_sweep(directory: Path) -> list[Row]:
     """A row for each finished run: its labels, loss and directory.
 
     Raises:
-        EvaluationError: there are none, or a line that no sweep wrote.
+        EvaluationError: there are none, or of another sweep.
+        ConfigError: no sweep wrote them.
     """
     path = directory / RESULTS
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = [
-            {**line["labels"], "loss": line["validation"]["loss"], "run": str(directory / line["name"])}
-            for line in lines
-        ]
-        if not rows or any(row["loss"] is None or {"bits", "seed"} - row.keys() for row in rows):
-            raise ValueError("no finished run, or one whose loss is not finite")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{path}: no results of such a sweep ({error}); run train.sweep first") from error
+    rows = [
+        {**line["labels"], "loss": line["validation"]["loss"], "run": str(directory / line["name"])}
+        for line in read_lines(path)
+    ]
+    if not rows or any(row["loss"] is None or {"bits", "seed"} - row.keys() for row in rows):
+        raise EvaluationError(
+            f"{path}: no finished run, one whose loss is not finite, or none over bits and seeds; run train.sweep on "
+            f"configs/selfcompress first"
+        )
     return rows
 
 

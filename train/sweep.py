@@ -126,20 +126,35 @@ def _check_axis(where: str, points: Any) -> None:
 Results = dict[str, dict[str, Any]]  # a line by the name of its run
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file.
+
+    Raises:
+        ConfigError: not there, not readable, or not written by a sweep.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: there are no results yet; run train.sweep first")
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            if Path(line["name"]).name != line["name"]:
+                raise ValueError(f"{line['name']!r} is no name of a run")
+            dict(line["labels"]), line["validation"]["loss"], dict(line["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no results of a sweep ({error!r}); delete it, or put it back as it was") from error
+    return lines
+
+
 def read_results(runs: Sequence[SweptRun], path: Path) -> Results:
     """What a results file, if there is one, says of these very runs: lines of other configurations are left out.
 
     Raises:
-        ConfigError: not readable, or not written by a sweep.
+        ConfigError: see `read_lines`.
     """
     if not path.exists():
         return {}
     known = {run.name: run.run for run in runs}
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {line["name"]: line for line in lines if _is_of(line, known.get(line["name"]))}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no results of a sweep ({error!r}); delete it, or put it back as it was") from error
+    return {line["name"]: line for line in read_lines(path) if _is_of(line, known.get(line["name"]))}
 
 
 def _is_of(line: dict[str, Any], run: RunConfig | None) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from eval.loading import EvaluationError
 from eval.mup import Curve, curves_by_rate, curves_by_shape, main, must_show, read_results, spreads, steps_between
+from train.config import ConfigError
 from train.sweep import SweptRun, load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -146,5 +147,5 @@ def test_nothing_to_report(tmp_path: Path):
         read_results(tmp_path)
     (tmp_path / "seeds").mkdir()
     (tmp_path / "seeds" / "results.jsonl").write_text("{")
-    with pytest.raises(EvaluationError, match="no results of a sweep"):
+    with pytest.raises(ConfigError, match="no results of a sweep"):
         read_results(tmp_path)

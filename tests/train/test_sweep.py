@@ -97,10 +97,11 @@ def test_results_of_other_configurations_do_not_count(sweep: Path):
     del wanted["output"], wanted["spikes"]  # a line from before there was such an option
     other = copy.deepcopy(wanted)
     other["optimizer"]["lr_other"] *= 2
+    line = {"name": runs[0].name, "labels": {}, "validation": {"loss": 1.0}}
     for run, counts in ((wanted, True), (other, False), (wanted | {"gone": 1}, False)):
-        path.write_text(json.dumps({"name": runs[0].name, "run": run}) + "\n")
+        path.write_text(json.dumps(line | {"run": run}) + "\n")
         assert bool(read_results(runs, path)) == counts
-    for text in ("{", '{"name": "r1_s0"}\n', "[]\n"):
+    for text in ("{", '{"name": "r1_s0"}\n', "[]\n", json.dumps(line | {"name": "../r1_s0", "run": {}})):
         path.write_text(text)
         with pytest.raises(ConfigError, match="no results of a sweep"):
             read_results(runs, path)
