@@ -61,6 +61,7 @@ IDEAS = {
     "anneal": "most layers at token level, R falling from 8 to 4 in training",
     "half": "R = 2, concepts sqrt(2) as wide, a clean start",
     "words": "boundaries at word ends, seen at once, a clean start",
+    "warm": "without the clean start",
     "inject": "and the newest concept before every decoder layer",
     "cross": "and cross-attention before every decoder layer",
     "last": "concepts that are the state of their last token",

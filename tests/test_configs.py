@@ -105,4 +105,4 @@ def test_headline_sweeps_run_what_they_say():
         for run in sweeps[f"{kind}-trend"]:
             assert run.run.schedule.steps % run.run.evaluation.every == 0
     first = sweeps["bytes-first"] + sweeps["bpe-first"]
-    assert len(first) == 8 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)
+    assert len(first) == 9 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)
