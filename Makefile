@@ -32,8 +32,7 @@ $(CORPUS)/manifest.json: | $(VENV)/installed
 reproduce-headline: $(VENV)/installed $(CORPUS)/manifest.json
 	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bytes/data --tokenizer byte --validation-fraction 0.005
 	$(PY) -m train.prepare $(CORPUS)/train.jsonl.xz --output $(HEADLINE)/bpe/data --tokenizer bpe:16384 --validation-fraction 0.005
-	set -e; for kind in bytes bpe; do for sweep in $(SWEEPS); do \
-	  $(PY) -m train.sweep configs/headline/$$kind/$$sweep.yaml; done; done
+	$(PY) -m train.sweep $(foreach kind,bytes bpe,$(SWEEPS:%=configs/headline/$(kind)/%.yaml))
 	$(PY) -m eval.headline $(HEADLINE)
 
 test: $(VENV)/installed

@@ -1,8 +1,6 @@
 """Is the DLCM better than LLaMA at equal tokens and equal forward FLOPs? What the sweeps of configs/headline show.
 
-    for kind in bytes bpe; do for sweep in first rates-llama rates-dlcm ablations trend seeds; do
-        python -m train.sweep configs/headline/$kind/$sweep.yaml
-    done; done
+    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,ablations,trend,seeds}.yaml
     python -m eval.headline runs/headline [--output docs/results]
 
 Reads results.jsonl of each sweep, and configuration and metrics of its runs, whatever of it there is. What is compared,

@@ -1,7 +1,7 @@
 """Do base learning rates carry over from a proxy to larger models (section 6.1)? What the sweeps of configs/mup show.
 
     python -m train.prepare YOUR_TEXT --output runs/mup/data --tokenizer bpe:4096
-    for sweep in transfer standard rates seeds; do python -m train.sweep configs/mup/$sweep.yaml; done
+    python -m train.sweep configs/mup/{transfer,standard,rates,seeds}.yaml
     python -m eval.mup runs/mup [--output docs/results]
 
     transfer   loss against base rate, all rates alike, for token widths and concept widths that grow independently

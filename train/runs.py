@@ -36,7 +36,7 @@ from train.pretrain import ERRORS, check_run_directory, lacks_evaluation, step_t
 from train.signals import StopRequests
 
 POLL_SECONDS = 0.1
-Running = Set[str]  # names
+Running = Set[str]  # outputs of runs
 
 
 class RunsFailed(RuntimeError):
@@ -265,7 +265,7 @@ def run_all(
     Args:
         runs: in the order in which they are started.
         where: for each place, the environment variables that put a run there.
-        when_one_is_done: called after each success with the names of the runs that go on, whose files are theirs.
+        when_one_is_done: called after each success with the outputs of the runs that go on, whose files are theirs.
 
     Returns:
         0, or the number of the signal that stopped it.
@@ -297,7 +297,7 @@ def run_all(
                 free.append(place)
                 print(progress, _how_it_ended(planned, status, time.monotonic() - began, signals.number), flush=True)
                 if status == 0:
-                    when_one_is_done({planned.name for _, planned, _, _ in active.values()})
+                    when_one_is_done({planned.run.output for _, planned, _, _ in active.values()})
                 elif not signals.number:
                     failed.append(planned)
             if not done:

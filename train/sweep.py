@@ -1,8 +1,11 @@
 """A sweep: one run for every combination of a few settings.
 
-    python -m train.sweep SWEEP.yaml            runs what is not finished, several at a time
-    python -m train.sweep SWEEP.yaml --list     the runs, and nothing else
-    python -m train.sweep SWEEP.yaml --print    writes the configurations and prints the commands, for a cluster
+    python -m train.sweep SWEEP.yaml ...            runs what is not finished, several at a time
+    python -m train.sweep SWEEP.yaml ... --list     the runs, and nothing else
+    python -m train.sweep SWEEP.yaml ... --print    writes the configurations and prints the commands, for a cluster
+
+Of several sweeps, all runs stand in one queue, so that no GPU waits for the last run of each; there are as many at a
+time as the most that one of them asks for.
 
 SWEEP.yaml holds the fields of `SweepConfig`: a base run, and axes. A point of an axis is a label and the keys of the
 run that it sets; a run is one point of every axis, and its name their labels:
@@ -36,6 +39,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +180,9 @@ def write_results(runs: Sequence[SweptRun], path: Path, earlier: Results, runnin
     Those that are running are left out: one that saves its last checkpoint has all that is recorded, and is not
     finished.
     """
-    finished = [run for run in runs if run.name not in earlier and run.name not in running and is_finished(run.run)]
+    finished = [
+        run for run in runs if run.name not in earlier and run.run.output not in running and is_finished(run.run)
+    ]
     lines = dict(earlier)
     for run in finished:
         line = {"name": run.name, "labels": run.labels, "tokens": run.tokens, "validation": last_validation(run.run)}
@@ -201,9 +207,34 @@ def table(runs: Sequence[SweptRun]) -> str:
     return columns(rows)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep, its runs, and the results that there were before."""
+
+    config: SweepConfig
+    runs: list[SweptRun]
+    earlier: Results
+
+    @classmethod
+    def read(cls, path: Path) -> "Sweep":
+        """Raises ConfigError: see `load_sweep` and `read_results`."""
+        config, runs = load_sweep(path)
+        return cls(config, runs, read_results(runs, Path(config.output) / RESULTS))
+
+    @property
+    def left(self) -> list[SweptRun]:
+        return [run for run in self.runs if run.name not in self.earlier]
+
+    def keep_results(self, running: Running) -> None:
+        """Writes results of runs that have ended, and deletes their checkpoints if they are not to be kept."""
+        for run in write_results(self.runs, Path(self.config.output) / RESULTS, self.earlier, running):
+            if not self.config.keep_checkpoints:
+                shutil.rmtree(Path(run.run.output) / "checkpoints", ignore_errors=True)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.sweep", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="a base run, and axes")
+    parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP.yaml", help="a base run, and axes")
     add_instead_of_running(parser)
     return parser.parse_args(argv)
 
@@ -212,19 +243,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 done, 2 an error, 128 + N stopped by signal N."""
     arguments = parse_arguments(argv)
-    sweep, runs = load_sweep(arguments.sweep)
-    results = Path(sweep.output) / RESULTS
-    earlier = read_results(runs, results)
+    sweeps = [Sweep.read(path) for path in arguments.sweeps]
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    for output, number in Counter(sweep.config.output for sweep in sweeps).items():
+        if number > 1:
+            raise ConfigError(f"{number} sweeps have the output {output}, and would write over each other; name one")
+    left = [run for sweep in sweeps for run in sweep.left]
 
     def keep_results(running: Running) -> None:
-        finished = write_results(runs, results, earlier, running)
-        for run in finished if not sweep.keep_checkpoints else []:
-            shutil.rmtree(Path(run.run.output) / "checkpoints", ignore_errors=True)
+        for sweep in sweeps:
+            sweep.keep_results(running)
 
-    left = [run for run in runs if run.name not in earlier]
-    if earlier and not arguments.list:
-        print(f"{len(earlier)} of {len(runs)} runs are in {results}", file=sys.stderr)
-    status = carry_out(left, arguments, lambda: table(runs), sweep.at_once, keep_results)
+    if len(left) < len(runs) and not arguments.list:
+        print(f"{len(runs) - len(left)} of {len(runs)} runs were finished before", file=sys.stderr)
+    at_once = max(sweep.config.at_once for sweep in sweeps)
+    status = carry_out(left, arguments, lambda: table(runs), at_once, keep_results)
     if not (arguments.list or arguments.print):
         keep_results(set())
     return status

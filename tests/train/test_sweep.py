@@ -90,6 +90,21 @@ def test_each_run_is_run_once_and_results_are_those_of_runs(
     assert launched == NAMES and results(sweep) == first
 
 
+def test_sweeps_share_a_queue(data: Path, tmp_path: Path, launched: list[str], capsys: pytest.CaptureFixture[str]):
+    """Even where their runs have the same names."""
+    seeds, paths = {"seed": AXES["seed"]}, []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(str(write_sweep(tmp_path / name, data, axes=seeds)))
+    assert main(paths) == 0 and launched == ["s0", "s1"] * 2
+    assert "[4/4] s1: validation loss" in capsys.readouterr().out
+    assert all([line["name"] for line in results(Path(path))] == ["s0", "s1"] for path in paths)
+    assert main(paths) == 0 and len(launched) == 4
+    assert "4 of 4 runs were finished before" in capsys.readouterr().err
+    assert main([paths[0], paths[0]]) == 2
+    assert "2 sweeps have the output" in capsys.readouterr().err
+
+
 def test_results_of_other_configurations_do_not_count(sweep: Path):
     _, runs = load_sweep(sweep)
     path = sweep.parent / "results.jsonl"
