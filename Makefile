@@ -9,10 +9,12 @@ DEMO := runs/demo
 .PHONY: demo test lint types clean reproduce-headline
 .DELETE_ON_ERROR:
 
+# pip would write byte code on one core, and that of the packages' own tests too.
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	-$(PY) -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
@@ -43,7 +45,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/installed
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers 2
 
 clean:
 	rm -rf $(DEMO)

@@ -1,4 +1,6 @@
-"""The demo's DLCM, on the demo's text, in a fifth of the demo's steps: it learns, and holds its ratio."""
+"""The demo's DLCM, on the demo's text, in a fifth of the steps and a quarter of their tokens: it learns, and holds its
+ratio.
+"""
 
 import json
 import math
@@ -31,7 +33,8 @@ def trained(tmp_path_factory) -> tuple[Path, list[dict]]:
     data, run = directory / "data", directory / "dlcm"
     text = ["--tokenizer", "bpe:4096", "--validation-fraction", "0.05", "--workers", "1"]
     assert prepare([str(ROOT / "data/embedded.jsonl.xz"), "--output", str(data), *text]) == 0
-    shorter = [f"schedule.steps={STEPS}", "threads=1", "evaluation.every=1000", "checkpoint.every=1000"]
+    shorter = [f"schedule.steps={STEPS}", "schedule.warmup_steps=10", "threads=1", "evaluation.max_tokens=20480"]
+    shorter += ["evaluation.every=1000", "checkpoint.every=1000", "batch.rows=4", "data.sequence_length=128"]
     places = [f"data.path={data}", f"output={run}"]
     assert pretrain([str(ROOT / "configs/demo/dlcm.yaml"), *shorter, *places]) == 0
     return data, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -45,7 +48,7 @@ def test_ends_below_the_unigram_entropy(trained):
 
 def test_ends_near_its_target_ratio_in_training_and_at_inference(trained):
     _, lines = trained
-    late = [line["boundary_rate"] for line in lines if line["kind"] == "train"][-3:]
+    late = [line["boundary_rate"] for line in lines if line["kind"] == "train"][-5:]
     sampled, thresholded = len(late) / sum(late), lines[-1]["tokens_per_concept"]
     assert sampled == pytest.approx(4.0, rel=0.25)
     assert thresholded == pytest.approx(sampled, rel=0.25)  # another text; the whole demo ends within 10 %

@@ -29,9 +29,14 @@ LAUNCH = ROOT / "launch"
 STEPS = 24
 PATIENCE = 120  # seconds for what a launcher is to do
 SCRIPTS = ["one_machine.sh", "slurm.sbatch"]
-# What SLURM's commands do for one job of one machine: tasks are what it starts, and signals go to them.
+# What SLURM's commands do for one job of one machine: tasks are what it starts, and signals go to them. A task that is
+# queued again is only written down.
 SLURM = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done\necho $$ >"$STATE/task"\nexec "$@"',
+    "srun": """while [[ $1 == --* ]]; do shift; done
+echo "$@" >>"$STATE/commands"
+[[ -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
+echo $$ >"$STATE/task"
+exec "$@\"""",
     "scancel": '[[ "$*" == "--signal=TERM 7" ]] && kill -TERM "$(cat "$STATE/task")"',
     "scontrol": '[[ $1 == requeue ]] && echo "$2" >"$STATE/requeued" || echo localhost',
 }
@@ -127,8 +132,8 @@ def test_a_killed_process_is_started_again_and_the_run_comes_to_the_same(data: P
 
 
 @needs_proc
-def test_a_preempted_job_is_queued_again_and_goes_on(data: Path, tmp_path: Path):
-    """Told SIGTERM, it leaves a checkpoint of the very step, not one of those that are due."""
+def test_a_preempted_job_is_queued_again_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Told SIGTERM, it leaves a checkpoint of the very step, not one of those due; the same command goes on."""
     preempted, alone = tmp_path / "preempted", tmp_path / "alone"
     commands, state = tmp_path / "bin", tmp_path / "state"
     commands.mkdir(), state.mkdir()
@@ -147,9 +152,11 @@ def test_a_preempted_job_is_queued_again_and_goes_on(data: Path, tmp_path: Path)
     assert 5 <= stopped < STEPS
     (state / "requeued").unlink()
     with launched("slurm.sbatch", [config], **settings, SLURM_RESTART_COUNT="1") as process:
-        said = finish(process)
-    assert process.returncode == 0 and f"continued after step {stopped}" in said
-    assert not (state / "requeued").exists()
+        finish(process)
+    assert process.returncode == 0 and not (state / "requeued").exists()
+    first, again = (state / "commands").read_text().splitlines()
+    assert again == first.replace("--rdzv-id 7.0", "--rdzv-id 7.1") and again.endswith(f"-m train.pretrain {config}")
+    assert main([config]) == 0 and f"continued after step {stopped}" in capsys.readouterr().out
     assert main([long_run(alone, data, checkpoint={"every": 1000})]) == 0
     assert_same_run(preempted, alone)
 

@@ -478,7 +478,9 @@ def open_run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[RunConfig, Pa
     checkpoint = checkpoint_path(run_dir, ranks.on_first(lambda: checkpoint_step(latest_checkpoint(run_dir))))
     # The run's own record knows of changes made since the checkpoint; checkpoints alone will do, though.
     record = run_dir / "run.yaml" if (run_dir / "run.yaml").exists() else checkpoint / "run.yaml"
-    before, run = (load_run_config(record, overrides, resolved=True) for overrides in ((), arguments.overrides))
+    before = run = load_run_config(record, resolved=True)
+    if arguments.overrides:
+        run = load_run_config(record, arguments.overrides, resolved=True)
     changes = config_differences(before, run)
     for key, (old, new) in changes.items():
         if key in ("output", "init_from") or key.startswith("model."):

@@ -76,7 +76,7 @@ def test_a_bucket_changes_no_number(boundaries: str, visibility: str, training: 
     plain.detector.threshold = THRESHOLDS[boundaries]
     bucketed = copy.deepcopy(plain)
 
-    @settings(max_examples=8)
+    @settings(max_examples=5)
     @given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.sampled_from([2, 5, 64]), st.integers(0, 99))
     def check(lengths: list[int], bucket: int, seed: int):
         bucketed.concept_rooms = ConceptRooms(bucket)
@@ -136,21 +136,8 @@ def compiled_copy(model: PackedCausalLM, backend: str = "aot_eager") -> PackedCa
     return model
 
 
-@pytest.mark.parametrize("build", BUILDERS)
-def test_compiled_equals_eager(build: Callable[..., PackedCausalLM]):
-    model = build(qk_norm=True)
-    compiled = compiled_copy(model)
-    for lengths, training in (([9, 7, 1, 3], True), ([20], False), ([5, 15], True)):
-        documents = random_documents(lengths, 0)
-        assert_same(model.train(training), compiled.train(training), documents, rtol=1e-9, atol=1e-11)
-    with torch.no_grad():
-        logits = [forward(either, random_documents([9, 7, 4], 1)).logits for either in (model, compiled)]
-    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("segmenter", ["rule", "fixed"])
-def test_other_parts_compile(segmenter: str):
-    model = tiny_dlcm(segmenter=segmenter, smoothing="none", cross_attention_rope=False, pooling="last", **EVERY_LAYER)
+def test_other_parts_compile():
+    model = tiny_dlcm(segmenter="rule", smoothing="none", cross_attention_rope=False, pooling="last", **EVERY_LAYER)
     assert_same(model, compiled_copy(model), random_documents([9, 7], 0), rtol=1e-9, atol=1e-11)
 
 
@@ -170,20 +157,6 @@ def test_inductor_under_bf16_autocast_is_as_exact_as_eager():
 
     documents = random_documents([30, 10], 0)
     assert error(compiled, documents) <= 1.25 * error(eager, documents) < 0.25
-
-
-@pytest.mark.parametrize("build", BUILDERS)
-def test_compiling_in_place_leaves_names_and_copies_alone(build: Callable[..., PackedCausalLM]):
-    model, documents = build(), random_documents([9, 7], 0)
-    before = list(model.state_dict())
-    compile_blocks_(model, "aot_eager")
-    assert list(model.state_dict()) == before and model.compiled
-    changed = copy.deepcopy(model)
-    logits = forward(changed, documents).logits
-    for parameter in changed.decoder.layers[0].ffn.parameters():
-        parameter.data.zero_()
-    assert not torch.equal(forward(changed, documents).logits, logits)
-    assert torch.equal(forward(model, documents).logits, logits)
 
 
 def test_the_buckets_of_data_parallel_do_not_cut_regions():
@@ -223,57 +196,59 @@ def random_lengths(seed: int) -> list[int]:
 
 
 def every_kind_of_step(model: PackedCausalLM, documents: Sequence[Tensor]) -> Any:
-    """A training step, the count of boundaries before it, and an evaluation."""
+    """A training step, the count of boundaries before it, and an evaluation, whose logits come along."""
     batch = arrange(documents, "packed")
     if isinstance(model, DLCMForCausalLM):
         model.train().boundary_statistics(**batch.inputs, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        forward(model.eval(), documents)
+        logits = forward(model.eval(), documents).logits
     output = forward(model.train(), documents)
-    output.loss.backward()
-    return output
+    return output, logits, gradients(model, output.loss)
 
 
 def stacks(model: PackedCausalLM) -> list[TransformerStack]:
     return [module for module in model.modules() if isinstance(module, TransformerStack)]
 
 
-SEVERAL = functools.partial(tiny_dlcm, d_concept=TOKENS, **EVERY_LAYER)
+SEVERAL = functools.partial(tiny_dlcm, seed=6, qk_norm=True, d_concept=TOKENS, **EVERY_LAYER)
 
 
-@pytest.mark.parametrize(
-    ("build", "recompute", "foresight"),
-    [
-        pytest.param(SEVERAL, False, False, id="dlcm-waiting"),
-        pytest.param(SEVERAL, False, True, id="dlcm-foreseeing"),
-        pytest.param(SEVERAL, True, True, id="dlcm-foreseeing-recomputed"),
-        pytest.param(tiny_baseline, True, False, id="llama-recomputed"),
-    ],
-)
-def test_nothing_is_compiled_after_the_first_step(
-    build: Callable[..., PackedCausalLM], recompute: bool, foresight: bool
-):
-    """Though concepts, documents and the longest of them change every time.
+@pytest.mark.parametrize("build", [pytest.param(SEVERAL, id="dlcm"), pytest.param(tiny_baseline, id="llama")])
+def test_compiled_equals_eager_and_nothing_is_compiled_after_the_first_step(build: Callable[..., PackedCausalLM]):
+    """Though concepts, documents and the longest of them change every time, and blocks are recomputed every other time.
 
     The first is a trap: there, T, M and the width of concepts are one number, and must not be taken for one thing.
+    Compiling in place leaves names and copies alone.
     """
-    model = build()
-    for stack in stacks(model):
-        stack.recompute = recompute
+    eager, model = build(), build()
     compile_blocks_(model, "aot_eager")
+    assert list(model.state_dict()) == list(eager.state_dict()) and model.compiled
     if isinstance(model, DLCMForCausalLM):
         assert not model.concept_rooms.foresight  # on the CPU
-        model.concept_rooms.foresight = foresight
     every_kind_of_step(model, random_documents([1] * TOKENS, 0))
     concepts, documents = set(), set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(12, 24):
             lengths = random_lengths(seed)
-            output = every_kind_of_step(model, random_documents(lengths, seed))
+            for stack in stacks(model):
+                stack.recompute = seed % 2 == 1
+            if isinstance(model, DLCMForCausalLM):
+                model.concept_rooms.foresight = seed % 4 > 1
+            output, *ours = every_kind_of_step(model, random_documents(lengths, seed))
+            expected, *theirs = every_kind_of_step(eager, random_documents(lengths, seed))
+            torch.testing.assert_close([output.logits, *ours], [expected.logits, *theirs], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(output.loss, expected.loss, rtol=1e-9, atol=1e-11)
             documents.add(len(lengths))
             if isinstance(model, DLCMForCausalLM):
+                assert torch.equal(output.concept_lengths, expected.concept_lengths)
+                assert torch.equal(output.cu_concepts, expected.cu_concepts)
                 concepts.add(-(-len(output.concept_lengths) // model.concept_rooms.bucket))
         assert len(documents) == 12 and (len(concepts) > 2 or not isinstance(model, DLCMForCausalLM))
+        changed = copy.deepcopy(model)
+        for parameter in changed.decoder.layers[0].ffn.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(every_kind_of_step(changed, random_documents(lengths, seed))[1], ours[0])
+        assert torch.equal(every_kind_of_step(model, random_documents(lengths, seed))[1], ours[0])
         with pytest.raises(torch._dynamo.exc.RecompileError):  # another T: the test can fail
             every_kind_of_step(model, random_documents([TOKENS - 1], 0))
 
@@ -281,15 +256,18 @@ def test_nothing_is_compiled_after_the_first_step(
 def test_stacks_and_models_do_not_share_versions():
     """Of which torch allows eight for one piece of code: here, one."""
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
-        for build in (tiny_dlcm, tiny_baseline):
-            forward(compiled_copy(build()), random_documents([9, 7], 0))
+        for model in (tiny_dlcm(segmenter="fixed"), tiny_baseline()):
+            forward(compiled_copy(model, "eager"), random_documents([9, 7], 0))
 
 
 # Recomputed activations
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize(
+    ("build", "compiled"),
+    [(tiny_dlcm, False), (tiny_baseline, False), (tiny_baseline, True)],
+    ids=["dlcm", "llama", "llama-compiled"],
+)
 def test_recomputing_blocks_gives_the_same_gradients_from_fewer_bytes(
     build: Callable[..., PackedCausalLM], compiled: bool
 ):
@@ -362,7 +340,7 @@ def test_decoding_has_compiled_regions_of_its_own(build, monkeypatch: pytest.Mon
     model = build()
     compile_blocks_(model, backend="aot_eager")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    for batch in (1, 2, 3):
+    for batch in (1, 3):
         ids_BL = torch.randint(5, (batch, 30), generator=torch.Generator().manual_seed(batch))
         expected = build()(ids_BL).logits
         for pieces in ([5, 1, 1, 1, 7, 2, 3, 10], [20, 10], [2] * 15, [6, 8, 4, 3, 9]):
@@ -372,7 +350,7 @@ def test_decoding_has_compiled_regions_of_its_own(build, monkeypatch: pytest.Mon
                 torch.testing.assert_close(found, expected[:, start : start + piece], rtol=0, atol=1e-10)
                 start += piece
     compiled = {key for key in model.compiled_steps if key[:2] == ("token", "before_attention")}
-    assert {batch for *_, batch in compiled} == {None, 1, 2, 3}
+    assert {batch for *_, batch in compiled} == {None, 1, 3}
     for name, module in model.named_modules():
         assert vars(module).keys() == before[name].keys()
         assert all(vars(module)[key] is value for key, value in before[name].items() if callable(value))

@@ -117,7 +117,7 @@ HALF = {"rtol": 1e-2, "atol": 1e-2}  # inputs are exact, probabilities and outpu
 # Against ordinary attention
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(
     st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     st.sampled_from(HEADS),
@@ -134,7 +134,7 @@ def test_kernel_is_dense(
         assert_is_dense(decode_attention(*step.arguments), step)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=4), st.sampled_from(HEADS), st.booleans(), st.integers(0, 2**16)
 )
@@ -143,8 +143,9 @@ def test_twin_is_dense(lengths: list[int], heads: tuple[int, int], counted: bool
     assert_is_dense(decode_attention_reference(*step.arguments), step, 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("parts", [1, 5])
-@pytest.mark.parametrize("head_dim", [6, 16, 24, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "parts"), [(6, 5), (16, 1), (24, 5), (64, 5), (80, 1), (80, 5), (128, 1), (256, 1), (256, 5)]
+)
 def test_head_dimensions(head_dim: int, parts: int):
     """Those of a power of two, and those that are masked."""
     step = random_step([CAPACITY, 21], 4, 2, head_dim, counted=True)
@@ -165,7 +166,7 @@ def test_is_dense_in_the_tiles_used_in_earnest(
     head_dim: int, counted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.undo()
-    step = random_step([700, 64, 0, 257], 4, 2, head_dim, counted, capacity=700, dtype=dtype)
+    step = random_step([350, 64, 0, 257], 4, 2, head_dim, counted, capacity=350, dtype=dtype)
     tolerance = {} if dtype == torch.float32 else HALF
     for parts in (1, 4):
         with in_parts(parts):
@@ -218,7 +219,7 @@ def test_no_rows_and_no_capacity():
 # The newest entry, put there on the way
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
     st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     st.sampled_from(HEADS),
@@ -302,8 +303,7 @@ def test_parts_fill_the_device_and_are_not_too_small():
 # As an operator of torch
 
 
-@pytest.mark.parametrize("counted", [False, True])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("counted", "parts"), [(False, 2), (True, 1)])
 def test_operator_is_registered_as_it_should_be(counted: bool, parts: int):
     """Schema, fake tensors, and tracing with dynamic shapes."""
     step = random_step([CAPACITY, 7, 0], counted=counted)

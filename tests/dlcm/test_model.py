@@ -410,13 +410,13 @@ LEARNABLE = {"d_token": 32, "token_heads": 4, "token_kv_heads": 2, "token_ffn": 
 def test_a_tiny_dlcm_memorises_a_few_documents(options: dict):
     torch.manual_seed(0)
     config = tiny_config(**LEARNABLE, d_concept=48, initializer_range=0.1, backbone_layers=1, **options)
-    assert memorise(DLCMForCausalLM(config).train(), memorable_documents(), steps=150) < 0.1
+    assert memorise(DLCMForCausalLM(config).train(), memorable_documents(), steps=40) < 0.1
 
 
 def test_a_tiny_baseline_memorises_a_few_documents():
     torch.manual_seed(0)
     model = LlamaBaselineForCausalLM(tiny_baseline_config(**LEARNABLE, initializer_range=0.1)).train()
-    assert memorise(model, memorable_documents(), steps=150) < 0.1
+    assert memorise(model, memorable_documents(), steps=40) < 0.1
 
 
 def test_without_any_training_nothing_is_memorised():

@@ -191,6 +191,9 @@ def test_the_offending_file_is_named(tmp_path: Path):
     child = write(tmp_path / "child.yaml", "base: root.yaml\nseed: 3\n")
     with pytest.raises(ConfigError, match=re.escape(f"{root}: unknown key 'log_evry'; did you mean 'log_every'?")):
         load_run_config(child)
+    write(root, DLCM + "log_every: often\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{root}: log_every: Value 'often'")):
+        load_run_config(child, ["seed=4"])
 
 
 def test_missing_mandatory_key(tmp_path: Path):

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 import train.distributed
 import train.pretrain as pretrain_module
 import train.saving
+from dlcm import DLCMForCausalLM
 from dlcm.blocks import TransformerStack
+from dlcm.causal_lm import PackedCausalLM
 from dlcm.compilation import compile_blocks_
 from eval.loading import load_checkpoint
 from tests.ranks import RankProcesses, run_ranks
@@ -74,6 +76,11 @@ def spiking(forward_backward: Callable[..., torch.Tensor]) -> Callable[..., torc
 # What ranks do; what they patch is patched in their processes alone.
 
 
+def compile_for_ranks(model: PackedCausalLM) -> None:
+    """Traced and differentiated where a model has few regions, and traced alone where there are many."""
+    compile_blocks_(model, backend="eager" if isinstance(model, DLCMForCausalLM) else "aot_eager")
+
+
 def run_all(commands: Sequence[Command]) -> None:
     """One command line after the other, some from a copy of a checkpoint.
 
@@ -97,7 +104,7 @@ def run_all(commands: Sequence[Command]) -> None:
 
     TransformerStack.forward = checked  # type: ignore[method-assign]
     setattr(dist, name, counted)
-    pretrain_module.compile_blocks_ = functools.partial(compile_blocks_, backend="aot_eager")
+    pretrain_module.compile_blocks_ = compile_for_ranks
     pretrain_module.forward_backward = spiking(pretrain_module.forward_backward)
     ranks = Ranks()
     for arguments, copied in commands:
@@ -209,7 +216,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("few-ddp", 1),
         runs.start("fsdp", 2, parallel=FSDP),
         runs.start("few-fsdp", 1, parallel=FSDP),
-        runs.start("llama-fsdp", 2, "llama", parallel=FSDP, activation_checkpointing="full"),
+        runs.start("llama-fsdp", 2, "llama", parallel=FSDP, activation_checkpointing="full", compile=True),
         runs.start("paths-fsdp", 2, parallel=FSDP, model=PATHS),
         runs.start("compiled-fsdp", 2, parallel=FSDP, activation_checkpointing="full", compile=True),
         runs.start("bf16-ddp", 2, precision="bf16"),
