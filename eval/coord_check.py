@@ -9,6 +9,9 @@ width^a, a is 0 under muP and not under the standard parametrisation, where upda
 Boundaries stand at a fixed stride, so that all models have the same concepts; their probabilities are learned. The
 unembedding starts at zero: random logits shrink as 1 / sqrt(width), and would hide the learned ones.
 
+Where one width grows alone, matrices between the two change their shape: what training changes of such a matrix's input
+came about through its transpose, and is more than a random change to it. This *gain* is measured too.
+
 Writes coord_check.json, coord_check.csv, coord_check.md and coord_check.png. Some ten minutes on two CPU cores.
 """
 
@@ -18,7 +21,7 @@ import json
 import lzma
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,8 @@ STAGES: dict[str, tuple[str, bool]] = {
     "decoder": ("decoder", False),
     "logits": ("lm_head", False),  # whose input carries the multiplier 1 / s_token
 }
+# Matrices from one width to the other, and whether fan-in is that of tokens.
+MIXED = {"up-projection": ("pooling.up_proj", True), "cross-attention values": ("cross_attention.v_proj", False)}
 
 
 class StrideDetector(LearnedDetector):
@@ -116,8 +121,10 @@ def batches(number: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def activations(model: DLCMForCausalLM, ids_BL: Tensor) -> dict[str, Tensor]:
-    """What every stage gives out."""
+def activations(
+    model: DLCMForCausalLM, ids_BL: Tensor, stages: Mapping[str, tuple[str, bool]] = STAGES
+) -> dict[str, Tensor]:
+    """What every stage gives out, or takes in."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str, of_input: bool) -> Any:
@@ -128,7 +135,7 @@ def activations(model: DLCMForCausalLM, ids_BL: Tensor) -> dict[str, Tensor]:
 
     hooks = [
         model.get_submodule(module).register_forward_hook(note(name, of_input))
-        for name, (module, of_input) in STAGES.items()
+        for name, (module, of_input) in stages.items()
     ]
     model(ids_BL)
     for hook in hooks:
@@ -141,24 +148,36 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def scales(
-    d_token: int, d_concept: int, base: int | None, steps: Sequence[int], seed: int
-) -> Iterator[tuple[int, str, float, float]]:
-    """After each of `steps` and for each stage: the scale of its output, and that of its change since the start."""
+@torch.no_grad()
+def gain(weight_OI: Tensor, change_TI: Tensor) -> float:
+    """The scale of what a matrix makes of a change of its input, over that of the change: 1 for a random one."""
+    return rms(change_TI @ weight_OI.T) / rms(change_TI)
+
+
+def scales(d_token: int, d_concept: int, base: int | None, steps: Sequence[int], seed: int) -> Iterator[Row]:
+    """After each of `steps` and for each stage: the scale of its output, and that of its change since the start.
+
+    For the stages of `MIXED` also the gain of the matrix as it was at the start.
+    """
     torch.manual_seed(seed)
     model = model_of(d_token, d_concept, base)
     rates = dict.fromkeys(("lr_token", "lr_concept", "lr_boundary", "lr_other"), RATE)
     optimizer = torch.optim.AdamW(parameter_groups(model, model.config, **rates, eps=1e-12, weight_decay=0.0))
     looked_at, *training = batches(1 + max(steps))
-    start = activations(model, looked_at)
+    inputs = {stage: (module, True) for stage, (module, _) in MIXED.items()}
+    first = {stage: model.get_parameter(f"{module}.weight").detach().clone() for stage, (module, _) in MIXED.items()}
+    start, taken = activations(model, looked_at), activations(model, looked_at, inputs)
     for step, ids_BL in enumerate(training, 1):
         optimizer.zero_grad()
         model(ids_BL, labels=ids_BL).loss.backward()
         optimizer.step()
         if step in steps:
-            now = activations(model, looked_at)
+            now, takes = activations(model, looked_at), activations(model, looked_at, inputs)
             for stage in STAGES:
-                yield step, stage, rms(now[stage]), rms(now[stage] - start[stage])
+                found = {"scale": rms(now[stage]), "change": rms(now[stage] - start[stage])}
+                if stage in MIXED:
+                    found["gain"] = gain(first[stage], takes[stage] - taken[stage])
+                yield {"step": step, "stage": stage} | found
 
 
 def measure(
@@ -168,20 +187,18 @@ def measure(
     axes: Sequence[str] = tuple(AXES),
     parametrisations: Sequence[str] = tuple(PARAMETRISATIONS),
 ) -> list[Row]:
-    """A row for each parametrisation, axis, width, step and stage: `scale` and `change`, geometric means over seeds."""
+    """A row for each parametrisation, axis, width, step and stage, of geometric means over seeds: see `scales`."""
     rows: dict[tuple, Row] = {}
     cases = [(name, axis, width) for name in parametrisations for axis in axes for width in widths]
     for name, axis, width in tqdm(cases, desc="coordinate check", disable=None):
         sizes = {"d_token": (width, BASE), "d_concept": (BASE, width), "both": (width, width)}[axis]
         for seed in range(seeds):
-            for step, stage, scale, change in scales(*sizes, PARAMETRISATIONS[name], steps, seed):
-                row = rows.setdefault(
-                    (name, axis, width, step, stage),
-                    {"parametrisation": name, "axis": axis, "width": width, "step": step, "stage": stage}
-                    | {"scale": 1.0, "change": 1.0},
-                )
-                row["scale"] *= scale ** (1 / seeds)
-                row["change"] *= change ** (1 / seeds)
+            for found in scales(*sizes, PARAMETRISATIONS[name], steps, seed):
+                key = {"parametrisation": name, "axis": axis, "width": width}
+                key |= {what: found.pop(what) for what in ("step", "stage")}
+                row = rows.setdefault(tuple(key.values()), key | dict.fromkeys(found, 1.0))
+                for what, value in found.items():
+                    row[what] *= value ** (1 / seeds)
     return list(rows.values())
 
 
@@ -209,6 +226,19 @@ def steepest(found: Sequence[Row], parametrisation: str, axis: str, what: str = 
     """The largest exponent of any stage, after any number of steps, whatever its sign."""
     mine = [row for row in found if row["parametrisation"] == parametrisation and row["axis"] == axis]
     return worst((abs(row[what]) for row in mine), at_most=True)
+
+
+def gains(rows: Sequence[Row]) -> list[Row]:
+    """Of each stage of `MIXED` and each fan-in over fan-out, under muP after the last step: the gain."""
+    last = max(row["step"] for row in rows)
+    found = []
+    for row in rows:
+        if row["stage"] in MIXED and (row["parametrisation"], row["step"]) == ("muP", last):
+            larger = 1.0 if row["axis"] == "both" else row["width"] / BASE
+            from_tokens = MIXED[row["stage"]][1]
+            ratio = larger if (row["axis"] == "d_token") == from_tokens else 1 / larger
+            found.append({"stage": row["stage"], "axis": row["axis"], "ratio": ratio, "gain": row["gain"]})
+    return found
 
 
 def must_show(found: Sequence[Row]) -> dict[str, Bar]:
@@ -266,6 +296,21 @@ def page(recorded: dict[str, Any], rows: Sequence[Row], found: Sequence[Row]) ->
             table.append([stage, *cells])
         header = ["exponent of the scale", *(f"{name}, {step}" for name in PARAMETRISATIONS for step in steps)]
         tables.append(f"### {words.capitalize()}\n\n{markdown_table(header, table)}\n")
+    ratios = sorted({row["ratio"] for row in gains(rows)})
+    grown = [
+        [
+            f"{stage}, {AXES[axis]}",
+            *(
+                " to ".join(f"{value:.2f}" for value in dict.fromkeys((min(here), max(here)))) if here else None
+                for ratio in ratios
+                for here in [
+                    [g["gain"] for g in gains(rows) if (g["stage"], g["axis"], g["ratio"]) == (stage, axis, ratio)]
+                ]
+            ),
+        ]
+        for stage in MIXED
+        for axis in AXES
+    ]
     widths = ", ".join(str(width) for width in sorted({row["width"] for row in rows}))
     changes = [
         [words, *(f"{steepest(found, name, axis, 'change'):.3f}" for name in PARAMETRISATIONS)]
@@ -288,6 +333,17 @@ The largest exponent of the scale of what training has changed, over all stages 
 
 {markdown_table(("", *PARAMETRISATIONS), changes)}
 
+### Where one width grows alone
+
+What a matrix from one width to the other, as it was at the start, makes of the change of its input in training: the
+scale of that over the change's own, after {max(steps)} steps under muP, by fan-in over fan-out. A random change has 1.
+
+{markdown_table(("gain", *(f"{ratio:g}" for ratio in ratios)), grown)}
+
+Gradients came to that input through the matrix's transpose, and point where it is large: a matrix that narrows gives
+more of them back the more it narrows, one that widens gives 1. So what is not flat above follows the ratio of the two
+widths, not their size: where both grow, there is none of it. Section 6.1 looks at fan-in alone.
+
 {record_lines(recorded)}
 """
 
@@ -309,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(options.widths, options.steps, options.seeds)
     found = slopes(rows)
     bars = must_show(found)
-    write_json(options.output / "coord_check.json", recorded, bars, slopes=found)
+    write_json(options.output / "coord_check.json", recorded, bars, slopes=found, gains=gains(rows))
     write_csv(options.output / "coord_check.csv", rows)
     plot(options.output / "coord_check.png", rows)
     (options.output / "coord_check.md").write_text(page(recorded, rows, found), encoding="utf-8")

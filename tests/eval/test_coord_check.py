@@ -13,7 +13,20 @@ import eval.coord_check as coord_check
 from dlcm import LlamaBaselineForCausalLM
 from dlcm.mup import ROLES, parameter_groups
 from eval.bench import Row
-from eval.coord_check import AXES, STAGES, batches, main, measure, model_of, must_show, rms, slope, slopes, steepest
+from eval.coord_check import (
+    AXES,
+    STAGES,
+    batches,
+    gain,
+    main,
+    measure,
+    model_of,
+    must_show,
+    rms,
+    slope,
+    slopes,
+    steepest,
+)
 from tests.conftest import tiny_baseline_config
 
 WIDTHS = (32, 64, 128, 256)
@@ -101,6 +114,12 @@ def test_models_differ_in_width_alone():
     assert not narrow.lm_head.weight.any()
     first, second = batches(2)
     assert first.shape == second.shape and not first.equal(second) and first.max() < 256
+
+
+def test_gain_is_of_directions_that_a_matrix_narrows_to():
+    narrows_OI = torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0].T
+    assert gain(narrows_OI, narrows_OI[:3]) == pytest.approx(2.0)  # sqrt(fan-in / fan-out)
+    assert gain(narrows_OI, torch.eye(64)) == pytest.approx(1.0)  # of what points anywhere
 
 
 def test_a_slope_is_the_exponent():
