@@ -38,7 +38,7 @@ reproduce-headline: $(VENV)/installed $(CORPUS)/manifest.json
 	$(PY) -m eval.headline $(HEADLINE)
 
 test: $(VENV)/installed
-	$(PY) -m pytest -n 2 -q tests
+	$(PY) -m pytest -n 2 --dist worksteal -q tests
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
