@@ -10,6 +10,7 @@ DEMO := runs/demo
 .DELETE_ON_ERROR:
 
 # pip would write byte code on one core, and that of the packages' own tests too.
+# What compileall cannot read, as templates of other versions of Python, no one imports: its status does not count.
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +39,7 @@ reproduce-headline: $(VENV)/installed $(CORPUS)/manifest.json
 	$(PY) -m eval.headline $(HEADLINE)
 
 test: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist worksteal -q tests
+	$(PY) -m pytest -n 2 -q tests
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
