@@ -1,6 +1,6 @@
 """Is the DLCM better than LLaMA at equal tokens and equal forward FLOPs? What the sweeps of configs/headline show.
 
-    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,ablations,trend,seeds}.yaml
+    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,splits,ablations,trend,seeds}.yaml
     python -m eval.headline runs/headline [--output docs/results]
 
 Reads results.jsonl of each sweep, and configuration and metrics of its runs, whatever of it there is. What is compared,
@@ -46,7 +46,7 @@ from train.sweep import RESULTS, read_lines
 
 KINDS = ("bytes", "bpe")
 BASELINE, PAPER = "llama", "paper"
-BOUNDS = ("tokens",)  # models that are not to be matched
+REFERENCES = ("tokens", "plain")  # models that are no candidates: a bound that is not matched, another baseline
 WIN, PARITY = -0.01, 0.0
 SEEDS, SIZES, BUDGETS, TRAINING_FLOPS = 3, 3, 3, 4e17
 FARTHEST = 1e15  # tokens; a crossover beyond is none
@@ -66,6 +66,15 @@ IDEAS = {
     "stale": "words seen from the next one on",
     "learned": "learned boundaries at the ratio of words",
     "stride": "a fixed stride at the ratio of words",
+    "light": "without the clean start, a layer more at token level, a smaller backbone",
+    "wide": "without the clean start, fewer concept layers, twice as wide",
+    "early": "without the clean start, most token layers in the encoder",
+    "late": "without the clean start, most token layers in the decoder",
+    "inner": "without the clean start, most layers in the backbone",
+    "thin": "without the clean start, more concept layers of token width",
+    "newest": "without the clean start, and the newest concept before every decoder layer",
+    "drawn": "learned boundaries at the ratio of words, without the clean start",
+    "plain": "LLaMA in standard parametrisation, sigma = 0.02 (no candidate)",
 }
 
 
@@ -253,7 +262,7 @@ def largest_settings(comparisons: Comparisons, kind: str, model: str) -> dict[in
 def recipe(comparisons: Comparisons, kind: str) -> str | None:
     """The matched model with the smallest gap at the largest size where there is any; None without one."""
     candidates = []
-    for model in {model for models in comparisons.values() for model in models} - {BASELINE, *BOUNDS}:
+    for model in {model for models in comparisons.values() for model in models} - {BASELINE, *REFERENCES}:
         matched = {s: c for s, c in largest_settings(comparisons, kind, model).items() if c.is_matched}
         if matched:
             size = max(matched)

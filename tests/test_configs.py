@@ -73,7 +73,7 @@ def test_headline_models_cost_what_their_baseline_does(path):
     variant, _, size = path.stem.rpartition("-")
     run, llama = load_run_config(path), load_run_config(path.with_name(f"llama-{size}.yaml"))
     config = build_model_config(run)
-    flops, baseline = (forward_flops(c, run.data.sequence_length).total for c in (config, build_model_config(llama)))
+    flops, baseline = forward_flops_of(run), forward_flops_of(llama)
     if variant in UNMATCHED:
         assert flops < baseline
     else:
@@ -88,9 +88,13 @@ def test_headline_models_cost_what_their_baseline_does(path):
     assert model.num_parameters() == sum(parameter_counts(config).values())
 
 
+def forward_flops_of(run):
+    return forward_flops(build_model_config(run), run.data.sequence_length).total
+
+
 def test_headline_sweeps_run_what_they_say():
     sweeps = {f"{path.parent.name}-{path.stem}": load_sweep(path)[1] for path in HEADLINE_SWEEPS}
-    names = ("ablations", "first", "rates-dlcm", "rates-llama", "seeds", "trend")
+    names = ("ablations", "first", "rates-dlcm", "rates-llama", "seeds", "splits", "trend")
     assert set(sweeps) == {f"{kind}-{name}" for kind in ("bytes", "bpe") for name in names}
     for kind in ("bytes", "bpe"):
         ours, theirs = sweeps[f"{kind}-rates-dlcm"], sweeps[f"{kind}-rates-llama"]
@@ -104,5 +108,8 @@ def test_headline_sweeps_run_what_they_say():
         assert tokens == pytest.approx({"t50": 50e6, "t200": 200e6, "t800": 800e6}, rel=0.01)
         for run in sweeps[f"{kind}-trend"]:
             assert run.run.schedule.steps % run.run.evaluation.every == 0
+        baseline = forward_flops_of(sweeps[f"{kind}-first"][0].run)
+        for run in sweeps[f"{kind}-splits"]:
+            assert forward_flops_of(run.run) / baseline == pytest.approx(1, abs=TOLERANCE), run.name
     first = sweeps["bytes-first"] + sweeps["bpe-first"]
     assert len(first) == 9 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)

@@ -155,7 +155,7 @@ def test_flops_saved_at_equal_loss(whole: list[Result]):
 def test_rates_have_their_curves(whole: list[Result]):
     curves = rate_curves(whole)
     assert {(setting.kind, model) for setting, model in curves} == {
-        ("bytes", "llama"), ("bytes", "words"), ("bpe", "llama"), ("bpe", "heavy")
+        ("bytes", "llama"), ("bytes", "warm"), ("bpe", "llama"), ("bpe", "warm")
     }  # fmt: skip
     assert all(curve.optimum == pytest.approx(3e-3, rel=0.02) and curve.is_bracketed for curve in curves.values())
 
