@@ -1,6 +1,6 @@
 """Is the DLCM better than LLaMA at equal tokens and equal forward FLOPs? What the sweeps of configs/headline show.
 
-    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,splits,ablations,trend,seeds}.yaml
+    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,splits,ablations,norms,trend,seeds}.yaml
     python -m eval.headline runs/headline [--output docs/results]
 
 Reads results.jsonl of each sweep, and configuration and metrics of its runs, whatever of it there is. What is compared,
@@ -46,7 +46,8 @@ from train.sweep import RESULTS, read_lines
 
 KINDS = ("bytes", "bpe")
 BASELINE, PAPER = "llama", "paper"
-REFERENCES = ("tokens", "plain")  # models that are no candidates: a bound that is not matched, another baseline
+# No candidates: a bound that is not matched, another baseline, and what would change the baseline too.
+REFERENCES = ("tokens", "plain", "llama-qk", "late-qk", "warm-qk")
 WIN, PARITY = -0.01, 0.0
 SEEDS, SIZES, BUDGETS, TRAINING_FLOPS = 3, 3, 3, 4e17
 FARTHEST = 1e15  # tokens; a crossover beyond is none
@@ -74,6 +75,9 @@ IDEAS = {
     "thin": "without the clean start, more concept layers of token width",
     "newest": "without the clean start, and the newest concept before every decoder layer",
     "drawn": "learned boundaries at the ratio of words, without the clean start",
+    "llama-qk": "LLaMA, queries and keys normed (no candidate: compare with those below)",
+    "late-qk": "`late`, queries and keys normed (against `llama-qk`)",
+    "warm-qk": "`warm`, queries and keys normed (against `llama-qk`)",
     "plain": "LLaMA in standard parametrisation, sigma = 0.02 (no candidate)",
 }
 
