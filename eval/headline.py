@@ -1,6 +1,6 @@
 """Is the DLCM better than LLaMA at equal tokens and equal forward FLOPs? What the sweeps of configs/headline show.
 
-    python -m train.sweep configs/headline/{bytes,bpe}/{first,rates-llama,rates-dlcm,splits,ablations,norms,trend,seeds}.yaml
+    python -m train.sweep configs/headline/{bytes,bpe}/SWEEP.yaml ...
     python -m eval.headline runs/headline [--output docs/results]
 
 Reads results.jsonl of each sweep, and configuration and metrics of its runs, whatever of it there is. What is compared,
