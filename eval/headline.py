@@ -11,6 +11,7 @@ and headline.png.
 """
 
 import argparse
+import itertools
 import math
 import re
 import statistics
@@ -178,6 +179,44 @@ def read_result(kind: str, sweep: Path, line: Mapping[str, Any]) -> Result:
     )
 
 
+class CutOff(NamedTuple):
+    """A run that was not finished, at its last validation, which counts for nothing.
+
+    Attributes:
+        planned: the setting it was to reach.
+        tokens: those of that validation.
+        gap: to the baseline that had the same to do, at the same tokens; None where there is none.
+    """
+
+    planned: Setting
+    model: str
+    tokens: int
+    bpb: float
+    gap: float | None
+
+
+def read_cut_off(directory: Path, results: Iterable[Result]) -> list[CutOff]:
+    """Of all runs of all sweeps that have validations and no line of results."""
+    curves = {(result.setting, result.seed): dict(result.curve) for result in results if result.model == BASELINE}
+    found = []
+    for kind in KINDS:
+        for path in sorted((directory / kind).glob("*/*.yaml")):
+            sweep, name, metrics = path.parent, path.stem, path.with_suffix("")
+            match = re.match(r"(.+?)-(\d+)(?:_|$)", name)
+            finished = {line["name"] for line in read_lines(sweep / RESULTS)} if (sweep / RESULTS).exists() else set()
+            if match is None or name in finished or not metrics.is_dir():
+                continue
+            validations = [line for line in read_metrics(metrics) if line["kind"] == "validation"]
+            if not validations or validations[-1]["bpb"] is None:
+                continue
+            run, last = load_run_config(path, resolved=True), validations[-1]
+            planned = Setting(kind, int(match[2]), last["tokens"] // last["step"] * run.schedule.steps)
+            baseline = curves.get((planned, run.seed), {}).get(last["tokens"])
+            gap = None if baseline is None else last["bpb"] / baseline - 1
+            found.append(CutOff(planned, match[1], last["tokens"], last["bpb"], gap))
+    return found
+
+
 # Comparing
 
 
@@ -313,24 +352,21 @@ def trends(comparisons: Comparisons, kind: str, model: str) -> list[Trend]:
 def flops_saved(comparisons: Comparisons, kind: str, model: str) -> dict[int, tuple[float, float | None, float | None]]:
     """Share of the baseline's training FLOPs that the model does without at equal bits per byte, and an interval.
 
-    By size. The baseline's bits per byte are taken as a power law of FLOPs, through its budgets; there must be two.
-    The interval is that of the gap, two standard errors of its mean over seeds, where there are `SEEDS`.
+    By size. The interval is that of the gap, two standard errors of its mean over seeds, where there are `SEEDS`.
     """
     found = {}
     for size, comparison in largest_settings(comparisons, kind, model).items():
-        baselines = [
-            models[BASELINE]
+        budgets = sorted(
+            (models[BASELINE].flops, models[BASELINE].bpb)
             for setting, models in comparisons.items()
             if (setting.kind, setting.size) == (kind, size) and BASELINE in models
-        ]
-        if len(baselines) < 2 or not comparison.is_matched:
-            continue
-        slope, level = line_through([(math.log(baseline.flops), math.log(baseline.bpb)) for baseline in baselines])
-        if slope >= 0:
+        )
+        falling = all(bpb > better for (_, bpb), (_, better) in itertools.pairwise(budgets))
+        if len(budgets) < 2 or not falling or not comparison.is_matched:
             continue
 
-        def saved(bpb: float, comparison: Comparison = comparison, slope: float = slope, level: float = level) -> float:
-            return 1 - comparison.flops / math.exp((math.log(bpb) - level) / slope)
+        def saved(bpb: float, comparison: Comparison = comparison, budgets: Sequence = budgets) -> float:
+            return 1 - comparison.flops / flops_to_reach(bpb, budgets)
 
         low = high = None
         if comparison.spread is not None:
@@ -338,6 +374,20 @@ def flops_saved(comparisons: Comparisons, kind: str, model: str) -> dict[int, tu
             low, high = saved(comparison.bpb + error), saved(comparison.bpb - error)
         found[size] = saved(comparison.bpb), low, high
     return found
+
+
+def flops_to_reach(bpb: float, budgets: Sequence[tuple[float, float]]) -> float:
+    """Training FLOPs at which the baseline has these bits per byte: a power law between neighbouring budgets.
+
+    One law through all of them would not do: it passes some below what was measured, and worse models would save.
+
+    Args:
+        budgets: two or more, FLOPs and bits per byte, these falling. Beyond the last, the last two's law holds.
+    """
+    after = next((i for i, (_, reached) in enumerate(budgets) if i > 0 and reached <= bpb), len(budgets) - 1)
+    points = [(math.log(reached), math.log(flops)) for flops, reached in budgets[after - 1 : after + 1]]
+    slope, level = line_through(points)
+    return math.exp(level + slope * math.log(bpb))
 
 
 def rate_curves(results: Iterable[Result]) -> dict[tuple[Setting, str], Curve]:
@@ -488,21 +538,27 @@ def _millions(tokens: float) -> str:
 
 
 def plot(path: Path, comparisons: Comparisons) -> None:
-    """Writes a PNG: bits per byte against tokens, FLOPs and wall-clock; baseline, paper and recipe at each size."""
+    """Writes a PNG: bits per byte against tokens, FLOPs and wall-clock; baseline, paper and recipe at each size.
+
+    All of a size in the recipe's largest setting there: a schedule that is longer is no better on its way.
+    """
     figure = Figure(figsize=(15, 9), dpi=130, layout="constrained")
     grid = figure.subplots(2, 3)
     for row, kind in zip(grid, KINDS, strict=True):
-        models = [model for model in (BASELINE, PAPER, recipe(comparisons, kind)) if model is not None]
-        for colour, model in zip(PALETTE, dict.fromkeys(models), strict=False):
-            for style, (size, comparison) in zip(
-                ("-", "--", ":", "-."), largest_settings(comparisons, kind, model).items(), strict=False
-            ):
+        chosen = recipe(comparisons, kind)
+        settings = [] if chosen is None else [c.setting for c in largest_settings(comparisons, kind, chosen).values()]
+        for colour, model in zip(PALETTE, dict.fromkeys((BASELINE, PAPER, chosen)), strict=False):
+            for style, setting in zip(("-", "--", ":", "-."), settings, strict=False):
+                comparison = comparisons[setting].get(str(model))
+                if comparison is None:
+                    continue
                 run = comparison.runs[min(comparison.runs)]
                 tokens, bpb = (np.array(x) for x in zip(*run.curve, strict=True))
+                label = f"{model}, d = {setting.size}"
                 scales = (1.0, run.flops / run.setting.tokens, None if run.speed is None else 1 / run.speed)
                 for axes, scale in zip(row, scales, strict=True):
                     if scale is not None:
-                        axes.plot(tokens * scale, bpb, style, color=colour, label=f"{model}, d = {size}", linewidth=1.4)
+                        axes.plot(tokens * scale, bpb, style, color=colour, label=label, linewidth=1.4)
         for axes, x in zip(row, ("training tokens", "training FLOPs", "seconds, at the median speed"), strict=True):
             finish(axes, kind, x, "bits per byte")
             axes.set_xscale("log")
@@ -512,7 +568,7 @@ def plot(path: Path, comparisons: Comparisons) -> None:
     figure.savefig(path)
 
 
-def page(recorded: Mapping[str, Any], results: Sequence[Result]) -> str:
+def page(recorded: Mapping[str, Any], results: Sequence[Result], cut_off: Sequence[CutOff]) -> str:
     """The results in markdown."""
     comparisons, curves = compare(results), rate_curves(results)
     gaps = [
@@ -542,6 +598,15 @@ def page(recorded: Mapping[str, Any], results: Sequence[Result]) -> str:
         )
         for (setting, model), curve in curves.items()
         if curve.best is not None
+    ]
+    broken = [
+        (
+            f"{planned.kind}, {planned.size}, {_millions(planned.tokens)}, {model}",
+            _millions(tokens),
+            f"{bpb:.4f}",
+            None if gap is None else f"{100 * gap:+.2f} %",
+        )
+        for planned, model, tokens, bpb, gap in cut_off
     ]
     chosen = {kind: recipe(comparisons, kind) for kind in KINDS}
     lines = [trend for kind, model in chosen.items() if model for trend in trends(comparisons, kind, model)]
@@ -588,6 +653,12 @@ runs. Bars that were not measured do not hold. Seconds are of runs that may have
 
 FLOPs are forward, per token, over LLaMA's, at the tokens per concept (R) of the last validation.
 
+## Runs that were cut off
+
+{markdown_table(("planned", "at", "bits per byte", "gap there"), broken)}
+
+They count for nothing above. The gap is to the baseline of the same schedule at the same tokens, before the decay.
+
 ## Learning rates
 
 {markdown_table(("model", "rates", "best", "loss", "worse on both sides"), tuned)}
@@ -617,6 +688,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     options = parser.parse_args(arguments)
     results, recorded = read_results(options.runs), record(options.commit)
+    cut_off = read_cut_off(options.runs, results)
     bars, comparisons = must_show(results), compare(results)
     chosen = {kind: recipe(comparisons, kind) for kind in KINDS}
     write_json(
@@ -629,6 +701,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {**setting._asdict(), "model": model, "losses": {str(rate): loss for rate, loss in curve.losses.items()}}
             for (setting, model), curve in rate_curves(results).items()
         ],
+        cut_off=[broken._asdict() | {"planned": broken.planned._asdict()} for broken in cut_off],
         trends=[t._asdict() for kind, model in chosen.items() if model for t in trends(comparisons, kind, model)],
         flops_saved={
             kind: {str(size): saved for size, saved in flops_saved(comparisons, kind, model).items()}
@@ -641,7 +714,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for result in results
         ],
     )
-    (options.output / "headline.md").write_text(page(recorded, results), encoding="utf-8")
+    (options.output / "headline.md").write_text(page(recorded, results, cut_off), encoding="utf-8")
     plot(options.output / "headline.png", comparisons)
     print(bars_table(bars))
 

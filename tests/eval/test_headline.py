@@ -15,11 +15,13 @@ from eval.headline import (
     closed_share,
     compare,
     flops_saved,
+    flops_to_reach,
     largest_settings,
     ledger,
     main,
     must_show,
     rate_curves,
+    read_cut_off,
     read_results,
     recipe,
     trends,
@@ -133,6 +135,26 @@ def test_of_several_runs_the_best_counts_on_both_sides(tmp_path: Path):
     assert compare(read_results(tmp_path))[setting]["llama"].bpb == pytest.approx(2.0)
 
 
+def test_a_run_that_was_cut_off_is_compared_on_its_way_and_counts_for_nothing(tmp_path: Path):
+    write(tmp_path, sweeps=("first",))
+    assert read_cut_off(tmp_path, read_results(tmp_path)) == []
+    path = tmp_path / "bytes" / "first" / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"words-256"' not in line))
+    metrics = tmp_path / "bytes" / "first" / "words-256" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # it came half the way
+    for name in ("words-256", "llama-256"):  # steps as they are in the configuration
+        metrics = tmp_path / "bytes" / "first" / name / "metrics.jsonl"
+        metrics.write_text(
+            metrics.read_text().replace('"step": 4', '"step": 1536').replace('"step": 8', '"step": 3072')
+        )
+    results = read_results(tmp_path)
+    (cut,) = read_cut_off(tmp_path, results)
+    assert (cut.planned, cut.model) == (Setting("bytes", 256, 50331648), "words")
+    assert cut.tokens == 25165824 and cut.gap == pytest.approx(-0.01)
+    assert "words" not in compare(results)[cut.planned]
+
+
 def test_the_recipe_is_the_best_that_is_matched(whole: list[Result]):
     comparisons = compare(whole)
     assert (recipe(comparisons, "bytes"), recipe(comparisons, "bpe")) == ("warm", "late")
@@ -157,6 +179,13 @@ def test_flops_saved_at_equal_loss(whole: list[Result]):
     for value, low, high in saved.values():
         assert value == pytest.approx(1 - 0.98**20, abs=0.02) and low is high is None  # one seed at 800 M
     assert flops_saved(compare(whole), "bpe", "tokens") == {}  # not matched
+
+
+def test_what_is_worse_saves_nothing_on_a_baseline_that_is_no_power_law():
+    budgets = [(1.0, 1.5), (2.0, 1.36), (8.0, 1.21)]
+    assert flops_to_reach(1.36, budgets) == pytest.approx(2.0) and flops_to_reach(1.21, budgets) == pytest.approx(8.0)
+    assert 1.0 < flops_to_reach(1.37, budgets) < 2.0
+    assert flops_to_reach(1.2, budgets) > 8.0 and flops_to_reach(1.6, budgets) < 1.0
 
 
 def test_rates_have_their_curves(whole: list[Result]):
