@@ -33,7 +33,7 @@ def loaded(run_dir: Path) -> LoadedCheckpoint:
 
 
 def test_what_is_taken_away_is_what_a_model_without_it_lacks(loaded: LoadedCheckpoint):
-    model, text = loaded.model, validation_text(loaded.run, loaded.state, 600)
+    model, text = loaded.model, validation_text(loaded.run, loaded.state, 2500)
     assert isinstance(model, DLCMForCausalLM) and model.injection is not None
     found = {row["knockout"]: row for row in knockout_rows("a", loaded, text)}
     assert list(found) == list(KNOCKOUTS) and found["whole"]["difference"] == 0
