@@ -94,7 +94,7 @@ def forward_flops_of(run):
 
 def test_headline_sweeps_run_what_they_say():
     sweeps = {f"{path.parent.name}-{path.stem}": load_sweep(path)[1] for path in HEADLINE_SWEEPS}
-    names = ("ablations", "first", "norms", "rates-dlcm", "rates-llama", "seeds", "splits", "trend")
+    names = ("ablations", "combined", "first", "norms", "rates-dlcm", "rates-llama", "seeds", "splits", "trend")
     assert set(sweeps) == {f"{kind}-{name}" for kind in ("bytes", "bpe") for name in names}
     for kind in ("bytes", "bpe"):
         ours, theirs = sweeps[f"{kind}-rates-dlcm"], sweeps[f"{kind}-rates-llama"]
@@ -109,7 +109,7 @@ def test_headline_sweeps_run_what_they_say():
         for run in sweeps[f"{kind}-trend"]:
             assert run.run.schedule.steps % run.run.evaluation.every == 0
         baseline = forward_flops_of(sweeps[f"{kind}-first"][0].run)
-        for run in sweeps[f"{kind}-splits"] + sweeps[f"{kind}-norms"]:
+        for run in sweeps[f"{kind}-splits"] + sweeps[f"{kind}-norms"] + sweeps[f"{kind}-combined"]:
             assert forward_flops_of(run.run) / baseline == pytest.approx(1, abs=TOLERANCE), run.name
     first = sweeps["bytes-first"] + sweeps["bpe-first"]
     assert len(first) == 9 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)

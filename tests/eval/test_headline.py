@@ -31,7 +31,7 @@ from train.config import save_run_config
 from train.sweep import SweptRun, load_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "headline"
-SWEEPS = ("first", "rates-llama", "rates-dlcm", "splits", "ablations", "norms", "trend", "seeds")
+SWEEPS = ("first", "rates-llama", "rates-dlcm", "splits", "ablations", "norms", "combined", "trend", "seeds")
 RATIOS = {"bytes": 6.3, "paper": 4.0, "interface": 1.0, "half": 2.0}
 
 
