@@ -89,6 +89,23 @@ def test_a_run_that_loses_channels_goes_on_bit_for_bit(
     assert lines[-1]["flops"] - lines[-2]["flops"] < 0.9 * 2 * lines[0]["flops"]  # of two steps
 
 
+def test_blocks_are_compiled_again_when_they_are_narrower(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[Any] = []
+    monkeypatch.setattr("train.pretrain.compile_blocks_", lambda model: compiled.append(model.config.channels_left))
+    config = written(tmp_path, "llama", data, "run", compression=DYING | {"remove_every": 4}, compile=True)
+    assert main([str(config)]) == 0
+    assert compiled[0] is None and compiled[1] != compiled[2] and len(compiled) == 3
+
+
+def test_a_run_does_not_begin_with_what_is_left_of_another(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([str(written(tmp_path, "llama", data, "run", compression=DYING))]) == 0
+    left = latest_checkpoint(tmp_path / "run")
+    assert main([str(written(tmp_path, "llama", data, "next", compression=DYING, init_from=str(left)))]) == 2
+    assert_one_error(capsys, "eval.selfcompress export and unpack")
+
+
 def test_a_run_of_which_nothing_is_left_ends(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = written(tmp_path, "llama", data, "run", compression=DYING | {"gamma": 100.0, "remove_every": 4})
     assert main([str(config)]) == 2

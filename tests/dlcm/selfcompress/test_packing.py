@@ -125,6 +125,8 @@ def test_another_models_config_is_refused(tmp_path: Path):
         refused(tmp_path, **changes)
     assert "numbers" in refused(tmp_path, num_layers=10**7)
     assert "numbers" in refused(tmp_path, token_ffn=4 * 10**9)
+    none_left = {f"decoder.layers.{number}.ffn": [0] for number in range(2)}  # which would be unpacked to zeros
+    assert "numbers" in refused(tmp_path, token_ffn=4 * 10**9, channels_left=none_left)
     refused(tmp_path, quantiser="none")
 
 
