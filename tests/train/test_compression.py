@@ -63,7 +63,7 @@ def a_model(**overrides: Any) -> LlamaBaselineForCausalLM:
 def test_a_run_that_loses_channels_goes_on_bit_for_bit(
     architecture: str, groups: dict[str, Any], data: Path, tmp_path: Path, tap: Tap
 ):
-    sections = {"compression": DYING | groups, "log_every": 2}
+    sections = {"compression": DYING | groups, "log_every": 2, "checkpoint": {"every": 2}}
     assert main([str(written(tmp_path, architecture, data, "whole", **sections))]) == 0
     tap.before = stop_at(5)  # channels go with this step
     config = written(tmp_path, architecture, data, "halves", **sections)
