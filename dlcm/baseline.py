@@ -18,6 +18,7 @@ from dlcm.config import LlamaBaselineConfig
 from dlcm.decoding import Call, directly
 from dlcm.layout import Extension
 from dlcm.selfcompress.quantiser import quantise_linears_
+from dlcm.selfcompress.removal import leave_channels_
 
 
 @dataclass
@@ -44,6 +45,7 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
         quantise_linears_(self, config)
+        leave_channels_(self)
         self.post_init()
 
     def forward(
@@ -102,7 +104,7 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
         if config.qk_norm:
             raise ValueError("to_llama() needs qk_norm=false: transformers' LLaMA has no RMSNorm on queries and keys")
         if config.quantiser != "none":
-            raise ValueError("to_llama() needs plain weights: call dlcm.selfcompress.quantiser.plain_(model) first")
+            raise ValueError("to_llama() needs plain weights: call dlcm.selfcompress.quantiser.plain(model) first")
         llama = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=config.vocab_size,

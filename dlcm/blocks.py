@@ -125,7 +125,13 @@ class Block(nn.Module):
 
     Attention over documents, whose number and lengths change every step, stands between two functions of shapes that
     do not: these are what `dlcm.compilation` compiles.
+
+    Attributes:
+        attends, feeds: whether attention and SwiGLU are run; where self-compression left nothing of them, they are not.
     """
+
+    attends: bool = True
+    feeds: bool = True
 
     def __init__(self, shape: BlockShape):
         super().__init__()
@@ -136,6 +142,8 @@ class Block(nn.Module):
         self.ffn = SwiGLU(shape)
 
     def forward(self, x_TW: Tensor, rope: Rope, layout: PackedLayout, past: LayerPast | None = None) -> Tensor:
+        if not self.attends:
+            return self.after_attention(x_TW, None)
         q_THN, k_TKN, v_TKN = self.before_attention(x_TW, rope)
         if past is None:
             mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend)
@@ -146,9 +154,10 @@ class Block(nn.Module):
     def before_attention(self, x_TW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.heads(self.attention_norm(x_TW), rope)
 
-    def after_attention(self, x_TW: Tensor, mixed_THN: Tensor) -> Tensor:
-        x_TW = x_TW + self.attention.merge(mixed_THN)
-        return x_TW + self.ffn(self.ffn_norm(x_TW))
+    def after_attention(self, x_TW: Tensor, mixed_THN: Tensor | None) -> Tensor:
+        if mixed_THN is not None:
+            x_TW = x_TW + self.attention.merge(mixed_THN)
+        return x_TW + self.ffn(self.ffn_norm(x_TW)) if self.feeds else x_TW
 
 
 def recompute_blocks_(model: nn.Module, recompute: bool) -> None:

@@ -29,7 +29,6 @@ from dlcm.attention import causal_attention
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.cached_attention import cached_attention
 from dlcm.config import AttentionBackend, DLCMConfig, LlamaBaselineConfig, TokenBlocksConfig
-from dlcm.cross_attention import cross_attentions
 from dlcm.layout import CLOSING_LAG, CachedSlots, Extension, PackedLayout
 
 KEYS_AND_VALUES = ("_keys", "_values")  # how the names of such tensors end
@@ -391,7 +390,7 @@ class ConceptCache(DecodingCache):
             self.tokens.add("ends_word", like, (), torch.bool)
         self.concepts.add_stack("backbone", like, concept_block_shape(config), config.backbone_layers, product_dtype)
         self.concepts.add("reasoned", like, (config.d_concept,), dtype)
-        self.slots.add_stack("cross", like, token_block_shape(config), cross_attentions(config), product_dtype)
+        self.slots.add_stack("cross", like, token_block_shape(config), config.num_cross_attentions, product_dtype)
         self.slots.add("count", like, (), torch.int32)
         self.slots.add("end", like, (), torch.int32)
         if config.injection != "off":

@@ -18,6 +18,7 @@ from dlcm.config import TokenBlocksConfig
 from dlcm.decoding import Call, StepGraphs, compiled_if_model_is, directly
 from dlcm.layout import Extension, PackedLayout, RowLayout, cumulative
 from dlcm.linear_cross_entropy import IGNORED, linear_cross_entropy
+from dlcm.selfcompress.partial import PartialLinear
 
 AnyCache = TypeVar("AnyCache", bound=DecodingCache)
 
@@ -44,6 +45,9 @@ class PackedCausalLM(PreTrainedModel, GenerationMixin, Generic[AnyCache]):
     def initialize_weights(self) -> None:
         """Draws what no checkpoint has filled (hook of transformers; roles follow from the whole model's names)."""
         mup.initialize_(self, self.config)
+        for module in self.modules():
+            if isinstance(module, PartialLinear):
+                module.place_again_()
 
     def open_rows(
         self,

@@ -7,7 +7,8 @@ In training (decoding has versions of its own, see `compiled_for_decoding`):
     documents, how many and how long   not seen: attention stands between two regions
 
 So nothing is compiled anew once each kind of step has been seen: with gradients, without, and without on the shorter
-last batch of an evaluation. And all blocks of a kind share their code: three are compiled, not 32.
+last batch of an evaluation. And all blocks of a kind share their code: three are compiled, not 32. Where removal has
+made blocks narrower (see `dlcm.selfcompress`), those of equal widths do.
 """
 
 import functools
@@ -42,8 +43,8 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
     """Compiles, in place: blocks and cross-attention around attention itself, the detector's scores, smoothing.
 
     Parameters keep their names, and blocks stay modules that may be wrapped or sharded. Compilation itself happens in
-    the first steps. Meant for batches of one T, or a few: each is compiled once, and torch allows eight. Sets
-    `torch._dynamo.config.optimize_ddp` to False, for the whole process.
+    the first steps. Meant for batches of one T, or a few: each is compiled once, and torch allows eight. To be called
+    again where widths have changed. Sets `torch._dynamo.config.optimize_ddp` to False, for the whole process.
 
     Args:
         model: on the device where it is to run.
@@ -58,12 +59,13 @@ def compile_blocks_(model: PackedCausalLM, backend: str = "inductor") -> None:
     torch._dynamo.config.optimize_ddp = False
 
     @functools.cache
-    def compiled(method: Callable, varying_rows: bool) -> Callable:
+    def compiled(method: Callable, varying_rows: bool, widths: tuple[torch.Size, ...]) -> Callable:
         function = torch.compile(_with_own_code(method), backend=backend, fullgraph=True, dynamic=False)
         return _with_varying_rows(function) if varying_rows else function
 
     for region in _regions(model):
-        method = compiled(getattr(type(region.module), region.name), region.varying_rows)
+        widths = tuple(parameter.shape for parameter in region.module.parameters())
+        method = compiled(getattr(type(region.module), region.name), region.varying_rows, widths)
         setattr(region.module, region.name, types.MethodType(method, region.module))  # so that copies have their own
     if isinstance(model, DLCMForCausalLM):
         # On the CPU nobody waits, and a run is to be the same however often it was resumed.

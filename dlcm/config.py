@@ -9,9 +9,10 @@ import copy
 import difflib
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -52,6 +53,20 @@ def checked(config_class: type[Config]) -> type[Config]:
     return config_class
 
 
+class Sublayer(NamedTuple):
+    """What an attention or a SwiGLU begins with, before removal makes it narrower (see selfcompress/removal.py).
+
+    Attributes:
+        channels: of the values of each key-value head, or hidden units, (F,).
+        shared: query heads that read a value; 1 for a SwiGLU.
+        may_go: whether it can be left out altogether.
+    """
+
+    channels: tuple[int, ...]
+    shared: int = 1
+    may_go: bool = True
+
+
 @checked
 class TokenBlocksConfig(PreTrainedConfig):
     """What both models share: vocabulary, token-width Transformer blocks, initialisation, attention backend."""
@@ -71,6 +86,8 @@ class TokenBlocksConfig(PreTrainedConfig):
     quantiser: Quantiser = "none"  # of the weights of blocks and cross-attention, see selfcompress/quantiser.py
     quantiser_rows: int = 1  # of a group of weights that share a bit depth
     quantiser_columns: int | None = None  # of a group; None: all, so that with one row it is an output channel
+    # Of sublayers that removal made narrower, by name: as many numbers as in `Sublayer.channels`. None: of none
+    channels_left: dict[str, list[int]] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -122,6 +139,40 @@ class TokenBlocksConfig(PreTrainedConfig):
             return 0
         return rows // self.quantiser_rows * (columns // (self.quantiser_columns or columns))
 
+    def layers(self) -> dict[str, int]:
+        """Blocks of each stage."""
+        raise NotImplementedError
+
+    def sublayer(self, name: str) -> Sublayer:
+        """What the sublayer of this name begins with.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        match = re.fullmatch(r"(\w+)\.layers\.(0|[1-9]\d{0,8})\.(attention|ffn)", name, re.ASCII)
+        if match is None or int(match[2]) >= self.layers().get(match[1], 0):
+            raise ValueError(f"channels_left names {name!r:.80}, which this model does not have")
+        width, heads, kv_heads, ffn = self._widths(match[1])
+        if match[3] == "ffn":
+            return Sublayer((ffn,))
+        return Sublayer((width // heads,) * kv_heads, heads // kv_heads)
+
+    def _widths(self, stage: str) -> tuple[int, int, int, int]:
+        return self.d_token, self.token_heads, self.token_kv_heads or self.token_heads, self.token_ffn
+
+    def _check_channels_left(self) -> None:
+        if self.channels_left and self.quantiser != "bits":
+            raise ValueError("channels_left needs quantiser='bits': no channel of other weights is removed")
+        for name, left in (self.channels_left or {}).items():
+            begins, total, what = self.sublayer(name), sum(left), f"channels_left of {name} are {left!r:.80}"
+            fits = len(left) == len(begins.channels) and all(map(lambda x, most: 0 <= x <= most, left, begins.channels))
+            if not fits:
+                raise ValueError(f"{what}: they must lie between 0 and {list(begins.channels)!r:.80}")
+            if total % self.quantiser_rows or total * begins.shared % (self.quantiser_columns or 1):
+                raise ValueError(f"{what}: they are no whole groups of weights")
+            if total == 0 and not begins.may_go:
+                raise ValueError(f"{what}: a DLCM needs some of its cross-attention")
+
     def _check_groups(self, stage: str, width: int, heads: int, kv_heads: int | None, ffn: int) -> None:
         rows, columns = self.quantiser_rows, self.quantiser_columns
         if rows < 1 or (columns is not None and columns < 1):
@@ -149,9 +200,13 @@ class LlamaBaselineConfig(TokenBlocksConfig):
 
     num_layers: int = 12
 
+    def layers(self) -> dict[str, int]:
+        return {"decoder": self.num_layers}
+
     def validate_architecture(self) -> None:
         super().validate_architecture()
         _check_positive(self, "num_layers")
+        self._check_channels_left()
 
 
 @checked
@@ -197,6 +252,26 @@ class DLCMConfig(TokenBlocksConfig):
         if self.d_scan is None:
             self.d_scan = self.d_token
         super().__post_init__(**kwargs)
+
+    def layers(self) -> dict[str, int]:
+        return {"encoder": self.encoder_layers, "backbone": self.backbone_layers, "decoder": self.decoder_layers}
+
+    @property
+    def num_cross_attentions(self) -> int:
+        """One before the decoder, or one before every so many of its layers, from the first on."""
+        return 1 if self.cross_attention_every is None else -(-self.decoder_layers // self.cross_attention_every)
+
+    def sublayer(self, name: str) -> Sublayer:
+        later = re.fullmatch(r"later_cross_attention\.(0|[1-9]\d{0,8})", name, re.ASCII)
+        if name == "cross_attention" or (later is not None and int(later[1]) < self.num_cross_attentions - 1):
+            width, heads, kv_heads, _ = self._widths(name)
+            return Sublayer((width // heads,) * kv_heads, heads // kv_heads, may_go=False)
+        return super().sublayer(name)
+
+    def _widths(self, stage: str) -> tuple[int, int, int, int]:
+        if stage != "backbone":
+            return super()._widths(stage)
+        return self.d_concept, self.concept_heads, self.concept_kv_heads or self.concept_heads, self.concept_ffn
 
     @property
     def has_ratio_loss(self) -> bool:
@@ -245,6 +320,7 @@ class DLCMConfig(TokenBlocksConfig):
             raise ValueError(f"threshold={self.threshold} must lie between 0 and 1")
         if not 0 <= self.aux_loss_weight < math.inf:
             raise ValueError(f"aux_loss_weight={self.aux_loss_weight} must be finite and not negative")
+        self._check_channels_left()
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:

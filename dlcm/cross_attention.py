@@ -136,11 +136,6 @@ def masked_attention(
     return torch.cat(outputs).to(dtype)
 
 
-def cross_attentions(config: DLCMConfig) -> int:
-    """How many there are: one before the decoder, or one before every so many of its layers, from the first on."""
-    return 1 if config.cross_attention_every is None else -(-config.decoder_layers // config.cross_attention_every)
-
-
 class CrossAttention(nn.Module):
     """H + CrossAttend(H, Z) (Eq. 12-14), with RMSNorm on queries and keys (Eq. 16).
 

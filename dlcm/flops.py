@@ -9,6 +9,8 @@ Conventions, stated once:
 - A backward pass costs two forwards.
 - What happens once per concept is charged 1 / R per token, R being the *realised* tokens per concept where it is known,
   else the configuration's target.
+- Of a model that self-compression has made narrower, counted is what is left: of parameters and FLOPs. Activations and
+  caches are those of the start.
 - Counted is what the function needs, not what an implementation spends on it: a token reads each concept that it may
   see once, whatever runs it. `replicated` and `recompute` say what those implementations spend.
 
@@ -19,13 +21,12 @@ Legend: W a stage's width, F its SwiGLU width, KV its key-value width, E = d_tok
 document, R tokens per concept.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dlcm.blocks import BlockShape, concept_block_shape, token_block_shape
 from dlcm.config import DLCMConfig, LlamaBaselineConfig
-from dlcm.cross_attention import cross_attentions
 from dlcm.injection import injections
 
 Config = DLCMConfig | LlamaBaselineConfig
@@ -59,6 +60,13 @@ def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of each stage; a final norm belongs to the stage it ends, smoothing to the backbone, and all
     cross-attentions are one stage.
     """
+    counts = _counts_at_the_start(config)
+    for name in config.channels_left or {}:
+        counts[_stage(name)] -= _removed_parameters(config, name)
+    return counts
+
+
+def _counts_at_the_start(config: Config) -> dict[str, int]:
     token = token_block_shape(config)
     table = config.vocab_size * config.d_token
     if isinstance(config, LlamaBaselineConfig):
@@ -81,7 +89,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
         "detector": 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
         "pooling": config.d_token * config.d_concept,
         "backbone": config.backbone_layers * _block_parameters(concept) + config.d_concept + smoothing,
-        "cross_attention": cross_attentions(config) * cross,
+        "cross_attention": config.num_cross_attentions * cross,
         **_options(config, skip=config.d_token**2, injection=config.d_token * (config.d_concept + injections(config))),
         "decoder": config.decoder_layers * _block_parameters(token) + config.d_token,
         "head": table,
@@ -105,9 +113,77 @@ def _bit_parameters(shape: BlockShape) -> int:
     return 2 * (attention + 2 * groups(shape.ffn, width) + groups(width, shape.ffn))
 
 
+def rounded_weights(config: Config) -> dict[str, int]:
+    """Weights of blocks and cross-attention before any were removed, by child of the model."""
+    weights = {stage: layers * _block_products(_shape_of(config, stage)) for stage, layers in config.layers().items()}
+    if isinstance(config, DLCMConfig):
+        cross = 2 * config.d_token**2 + 2 * config.d_concept * token_block_shape(config).kv_width
+        weights["cross_attention"] = cross
+        if config.num_cross_attentions > 1:
+            weights["later_cross_attention"] = (config.num_cross_attentions - 1) * cross
+    return weights
+
+
 def _block_products(shape: BlockShape) -> int:
     """Parameters that are multiplied with a token: 2 W^2 + 2 W KV + 3 W F."""
     return 2 * shape.width**2 + 2 * shape.width * shape.kv_width + 3 * shape.width * shape.ffn
+
+
+# Removal (see `dlcm.selfcompress.removal`), which takes a part of few sublayers: it is subtracted, name by name.
+
+
+def _stage(name: str) -> str:
+    """That of a sublayer."""
+    return name.partition(".")[0].removeprefix("later_")
+
+
+def _shape_of(config: Config, name: str) -> BlockShape:
+    if isinstance(config, DLCMConfig) and _stage(name) == "backbone":
+        return concept_block_shape(config)
+    return token_block_shape(config)
+
+
+def _matrices(config: Config, name: str, left: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows and columns of a sublayer's matrices, of so many channels; none of one that is not there."""
+    channels, width = sum(left), _shape_of(config, name).width
+    if channels == 0:
+        return []
+    if name.endswith("ffn"):
+        return [(channels, width), (channels, width), (width, channels)]
+    begins = config.sublayer(name)
+    read = config.d_concept if isinstance(config, DLCMConfig) and _stage(name) == "cross_attention" else width
+    return [(width, width), (sum(begins.channels), read), (channels, read), (width, channels * begins.shared)]
+
+
+def _removed(config: Config, name: str, cost: Callable[[int, int], float]) -> float:
+    """What the matrices of a sublayer cost less than at the start, each by its rows and columns."""
+    assert config.channels_left is not None
+    before, after = (_matrices(config, name, x) for x in (config.sublayer(name).channels, config.channels_left[name]))
+    return sum(cost(*matrix) for matrix in before) - sum(cost(*matrix) for matrix in after)
+
+
+def _gone(config: Config, name: str) -> bool:
+    return not any((config.channels_left or {})[name])
+
+
+def _removed_parameters(config: Config, name: str) -> int:
+    shape, norms = _shape_of(config, name), 0
+    if _gone(config, name):
+        norms = shape.width + (2 * shape.head_dim if name.endswith("attention") and config.qk_norm else 0)
+    return norms + int(_removed(config, name, lambda rows, columns: rows * columns + 2 * config.groups(rows, columns)))
+
+
+def _removed_flops(config: Config, name: str, keys: float, ratio: float) -> float:
+    """Of one token that reads `keys` others at token level."""
+    if _stage(name) == "cross_attention":
+        assert isinstance(config, DLCMConfig) and config.channels_left is not None
+        begins, left = config.sublayer(name), sum(config.channels_left[name])
+        return 2 * (sum(begins.channels) - left) * (config.d_concept / ratio + config.d_token * begins.shared)
+    rows, shape = 1 / ratio if _stage(name) == "backbone" else 1.0, _shape_of(config, name)
+    flops = 2 * _removed(config, name, lambda height, width: height * width)
+    if name.endswith("attention") and _gone(config, name):
+        flops += _attention_flops(shape.width, keys * rows)
+    return flops * rows
 
 
 # FLOPs
@@ -156,29 +232,37 @@ def _flops(
     config: Config, keys: float, tokens_per_concept: float | None, heads_per_token: float, replicated: bool = False
 ) -> ByStage:
     """Of one token that reads `keys` others at token level, on average."""
+    stages = _flops_at_the_start(config, keys, tokens_per_concept, heads_per_token, replicated)
+    ratio = _ratio(config, tokens_per_concept) if isinstance(config, DLCMConfig) else 1.0
+    for name in config.channels_left or {}:
+        stages[_stage(name)] -= _removed_flops(config, name, keys, ratio)
+    return ByStage(stages)
+
+
+def _flops_at_the_start(
+    config: Config, keys: float, tokens_per_concept: float | None, heads_per_token: float, replicated: bool
+) -> dict[str, float]:
     token = token_block_shape(config)
     head = 2 * config.d_token * config.vocab_size * heads_per_token
     if isinstance(config, LlamaBaselineConfig):
-        return ByStage({"decoder": config.num_layers * _block_flops(token, keys), "head": head})
+        return {"decoder": config.num_layers * _block_flops(token, keys), "head": head}
     ratio = _ratio(config, tokens_per_concept)
     cross_keys = keys if replicated else keys / ratio
-    return ByStage(
-        {
-            "encoder": config.encoder_layers * _block_flops(token, keys),
-            "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
-            "pooling": 2 * config.d_token * config.d_concept / ratio,
-            "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys / ratio) / ratio,
-            "cross_attention": cross_attentions(config)
-            * (
-                2 * 2 * config.d_token**2
-                + 2 * 2 * config.d_concept * token.kv_width / ratio
-                + _attention_flops(config.d_token, cross_keys)
-            ),
-            **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
-            "decoder": config.decoder_layers * _block_flops(token, keys),
-            "head": head,
-        }
-    )
+    return {
+        "encoder": config.encoder_layers * _block_flops(token, keys),
+        "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
+        "pooling": 2 * config.d_token * config.d_concept / ratio,
+        "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys / ratio) / ratio,
+        "cross_attention": config.num_cross_attentions
+        * (
+            2 * 2 * config.d_token**2
+            + 2 * 2 * config.d_concept * token.kv_width / ratio
+            + _attention_flops(config.d_token, cross_keys)
+        ),
+        **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
+        "decoder": config.decoder_layers * _block_flops(token, keys),
+        "head": head,
+    }
 
 
 def _block_flops(shape: BlockShape, keys: float) -> float:
@@ -252,7 +336,7 @@ def training_memory(
         later_by_token = FULL * config.d_token + HALF * (4 + config.clean_start) * config.d_token
         later_by_concept = HALF * (config.d_concept + 3 * token.kv_width)
         between = 10 * FULL * config.d_token * tokens
-        between += (cross_attentions(config) - 1) * (tokens * later_by_token + concepts * later_by_concept)
+        between += (config.num_cross_attentions - 1) * (tokens * later_by_token + concepts * later_by_concept)
     whole = [rows * _block_activation_bytes(shape) for shape, _, rows in stacks]
     if recompute:
         kept = sum(layers * rows * FULL * shape.width for shape, layers, rows in stacks) + max(whole)
@@ -294,7 +378,7 @@ def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = Non
         {
             "encoder": config.encoder_layers * pair,
             "backbone": config.backbone_layers * concept_pair / ratio,
-            "cross_attention": cross_attentions(config) * pair / ratio,
+            "cross_attention": config.num_cross_attentions * pair / ratio,
             "decoder": config.decoder_layers * pair,
         }
     )
@@ -321,7 +405,7 @@ def decode_bytes(
     if isinstance(config, DLCMConfig):
         ratio = _ratio(config, tokens_per_concept)
         closing = 1 - (1 - 1 / ratio) ** batch
-        by_concept = 2 * number * cross_attentions(config) * config.d_concept * token_block_shape(config).kv_width
+        by_concept = 2 * number * config.num_cross_attentions * config.d_concept * token_block_shape(config).kv_width
         weights["cross_attention"] += (closing - 1) * by_concept
         for stage in {"pooling", "backbone", "injection"} & weights.keys():
             weights[stage] *= closing

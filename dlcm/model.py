@@ -25,7 +25,7 @@ from dlcm.cache import Appending, ConceptCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.concepts import SMOOTHERS, ConceptPooling, segment_sum
 from dlcm.config import DLCMConfig
-from dlcm.cross_attention import CrossAttention, cross_attentions
+from dlcm.cross_attention import CrossAttention
 from dlcm.decoding import Call, directly
 from dlcm.global_parser import ParserStatistics, RunningStatistics, global_parser_loss
 from dlcm.host import OnHost
@@ -40,6 +40,7 @@ from dlcm.layout import (
     closing,
 )
 from dlcm.selfcompress.quantiser import quantise_linears_
+from dlcm.selfcompress.removal import leave_channels_
 from dlcm.sharding import sharing_ranks
 
 
@@ -119,7 +120,9 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.backbone_norm = nn.RMSNorm(config.d_concept, config.rms_norm_eps)
         self.smoothing = SMOOTHERS[config.smoothing](config)
         self.cross_attention = CrossAttention(config)
-        self.later_cross_attention = nn.ModuleList(CrossAttention(config) for _ in range(1, cross_attentions(config)))
+        self.later_cross_attention = nn.ModuleList(
+            CrossAttention(config) for _ in range(1, config.num_cross_attentions)
+        )
         self.injection = None if config.injection == "off" else Injection(config)
         self.decoder = TransformerStack(token_shape, config.decoder_layers)
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
@@ -127,6 +130,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.target_ratio = config.target_ratio
         self.concept_rooms = ConceptRooms()
         quantise_linears_(self, config)
+        leave_channels_(self)
         self.post_init()
 
     def forward(

@@ -9,8 +9,9 @@
 CHECKPOINT is a run directory or a checkpoint, of a run with `compression`. `export` writes a directory: model.packed,
 config.json and the tokenizer. `inspect` says where its bits are. `verify` compares every weight with the checkpoint's,
 to the last bit (but that a zero has no sign), and the logits of the physically smaller model with those of the whole
-one. `unpack` writes a directory of plain weights that transformers' `from_pretrained` takes. `speed` times a forward
-pass, whole and smaller, on the CPU.
+one. `unpack` writes a directory of plain weights that transformers' `from_pretrained` takes, zeros where training has
+removed channels. `speed` times a forward pass, whole and smaller, on the CPU. Bits are told for each weight of the
+network that the run began with.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dlcm.flops import rounded_weights
 from dlcm.selfcompress.compact import block_weights, compact_
 from dlcm.selfcompress.packing import (
     DTYPES,
@@ -40,7 +42,7 @@ from dlcm.selfcompress.packing import (
     read_packed,
     save_packed,
 )
-from dlcm.selfcompress.quantiser import plain_, quantised_linears
+from dlcm.selfcompress.quantiser import plain, quantised_linears
 from eval.bench import Row, markdown_table
 from eval.loading import EvaluationError, add_command, checkpoint_directory, positive, report_errors
 from train.checkpoint import load_model, load_model_config
@@ -82,19 +84,18 @@ def inspection(packed: Path) -> list[Row]:
     return rows
 
 
-def inspection_table(rows: Sequence[Row], sizes: dict[str, int]) -> str:
-    """Matrices, stages and the file as a table, and what it is made of."""
+def inspection_table(rows: Sequence[Row], sizes: dict[str, int], weights: int) -> str:
+    """Matrices, stages and the file as a table, and what it is made of; there were so many `weights` at the start."""
     lines = [(row["matrix"], *_cells([row])) for row in rows]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         lines.append((f"all of {stage}", *_cells([row for row in rows if row["stage"] == stage])))
-    weights = sum(row["weights"] for row in rows)
     parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name != "file")
     return "\n".join(
         [
             markdown_table(("matrix", "weights", "bits a weight", "dead groups"), lines),
             "",
             f"{PACKED}: {sizes['file']:,} bytes, everything counted ({parts}),",
-            f"{8 * sizes['file'] / weights:.4f} bits for each of {weights:,} weights that are rounded",
+            f"{8 * sizes['file'] / weights:.4f} bits for each of {weights:,} weights that were rounded at the start",
         ]
     )
 
@@ -136,9 +137,9 @@ def verification(packed: Path, checkpoint: Path) -> Verification:
     Raises:
         CheckpointError, PackedError, EvaluationError: one of them is damaged, or they are of different models.
     """
-    unpacked, original = load_packed(packed, load_model_config(packed)), load_model(checkpoint_directory(checkpoint))
+    unpacked = load_packed(packed, load_model_config(packed))
+    original = plain(load_model(checkpoint_directory(checkpoint)))
     dtypes = {name: x.dtype for name, x in read_packed(packed, load_model_config(packed)).rest.items()}
-    plain_(original)
     ours, theirs = unpacked.state_dict(), original.state_dict()
     if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
         raise EvaluationError(f"{packed} and {checkpoint} are of different models; give the checkpoint it was made of")
@@ -204,12 +205,13 @@ def _run_export(options: argparse.Namespace) -> None:
     bits, weights = 8 * sizes["file"], predicted.weights
     print(
         f"{options.packed}: {sizes['file']:,} bytes, {bits / weights:.4f} bits for each of {weights:,} weights that "
-        f"are rounded, everything counted; depths promised {predicted.total / weights:.4f}"
+        f"were rounded at the start, everything counted; depths promised {predicted.total / weights:.4f}"
     )
 
 
 def _run_inspect(options: argparse.Namespace) -> None:
-    print(inspection_table(inspection(options.packed), file_size(options.packed / PACKED)))
+    weights = sum(rounded_weights(load_model_config(options.packed)).values())
+    print(inspection_table(inspection(options.packed), file_size(options.packed / PACKED), weights))
 
 
 def _run_verify(options: argparse.Namespace) -> None:

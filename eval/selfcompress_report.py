@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from dlcm.selfcompress.compact import block_weights
 from dlcm.selfcompress.packing import load_packed
-from dlcm.selfcompress.quantiser import quantised_linears
+from dlcm.selfcompress.quantiser import plain, quantised_linears
 from eval.bench import (
     PALETTE,
     Bar,
@@ -301,14 +301,14 @@ def _draw_codes(axes: Axes, row: Row) -> None:
 
 def masks(row: Row, path: Path) -> None:
     """Which weights are not zero, in every block: the attention's output and the feed-forward's first matrix."""
-    layers = quantised_linears(load_model(latest_checkpoint(Path(row["run"]))))
-    names = [name for name in layers if name.endswith(("o_proj", "gate_proj")) and ".layers." in name]
+    weights = plain(load_model(latest_checkpoint(Path(row["run"])))).state_dict()
+    names = [name for name in weights if name.endswith(("o_proj.weight", "gate_proj.weight")) and ".layers." in name]
     columns = len(names) // 2
     drawing = Figure(figsize=(2.2 * columns, 6), dpi=130, layout="constrained")
     drawing.suptitle(f"Weights that are not zero, {row['bits']}: output of attention above, gate below, block by block")
     for kind, line in zip(("o_proj", "gate_proj"), drawing.subplots(2, columns, squeeze=False), strict=True):
-        for axes, name in zip(line, (name for name in names if name.endswith(kind)), strict=True):
-            alive = layers[name].quantised_weight().detach() != 0
+        for axes, name in zip(line, (name for name in names if f".{kind}." in name), strict=True):
+            alive = weights[name] != 0
             axes.imshow(alive.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
             axes.set_title(f"{name.split('.')[0]} {name.split('.')[2]}: {alive.float().mean():.1%}", fontsize=8)
             axes.set_axis_off()

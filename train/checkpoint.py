@@ -303,12 +303,17 @@ def model_without_memory(
 
 
 def check_model(directory: Path, config: PreTrainedConfig) -> None:
-    """Raises CheckpointError unless the checkpoint is of a model with just this config; allocates nothing."""
-    changes = config_changes(load_model_config(directory), config)
+    """Raises CheckpointError unless the checkpoint is of a model with this config; allocates nothing.
+
+    What removal has left of its channels is the checkpoint's to say.
+    """
+    saved = load_model_config(directory)
+    changes = config_changes(saved, config)
+    changes.pop("channels_left", None)
     if changes:
         words = ", ".join(f"{name} {old} != {new}" for name, (old, new) in changes.items())
         raise CheckpointError(f"{directory}: is of another model config ({words}); use another output directory")
-    model_without_memory(directory, config)
+    model_without_memory(directory, saved)
 
 
 def restore_checkpoint(directory: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainingState:

@@ -13,16 +13,23 @@ jumps.
 AdamW's epsilon is given in units of n / N, the size of the penalty's gradient: a larger one, 6 say, keeps the step
 proportional to gamma, where a tiny one would make all steps as long as the rate. So a penalty alone takes
 lr gamma / epsilon bits a step from a group of any size, in a model of any size.
+
+Removal (see `dlcm.selfcompress.removal`) makes groups smaller, where they are rows that lose columns: n is what a group
+has now, in penalty and epsilon alike, so that a penalty takes as many bits a step as before. N is the number of weights
+of the starting network, in which bits are counted throughout: what was removed has none.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlcm.flops import rounded_weights
 from dlcm.host import OnHost
-from dlcm.selfcompress.quantiser import MAX_BITS, QUANTISER_PARAMETERS, QuantisedLinear
+from dlcm.selfcompress.quantiser import MAX_BITS, QUANTISER_PARAMETERS, QuantisedLinear, kept_of
+from dlcm.selfcompress.removal import remove_dead_
 from train.checkpoint import TrainingState
 from train.config import RunConfig
 from train.parallel import local, over_parts, whole
@@ -30,6 +37,10 @@ from train.step import Model
 
 RESPONSE, LEAST_RESPONSE = 0.02, 20  # of all steps, and in steps: AdamW's momentum must have time to follow
 HOLDING = 5  # how many times as long what adds up takes
+
+
+class NothingLeft(Exception):
+    """All that could be removed has been."""
 
 
 Depth = tuple[nn.Parameter, int]  # of a layer's groups, and how many weights a group has
@@ -45,7 +56,7 @@ def quantiser_groups(run: RunConfig, model: Model) -> list[dict[str, Any]]:
 
     No weight decay, and no part in the clipping of gradients. Depths that are given have a rate of 0.
     """
-    compression, total = run.compression, _number_of_weights(model)
+    compression, total = run.compression, sum(rounded_weights(model.config).values())
     groups: dict[str, dict[str, Any]] = {}
     for layer in _layers(model).values():
         size = _weights_in_group(layer)
@@ -69,7 +80,8 @@ class BitPenalty:
     def __init__(self, run: RunConfig, model: Model, state: TrainingState):
         self._compression, self._steps = run.compression, run.schedule.steps
         self._depths = {name: (layer.depth, _weights_in_group(layer)) for name, layer in _layers(model).items()}
-        total = _number_of_weights(model)
+        self._weights = rounded_weights(model.config)
+        total = sum(self._weights.values())
         # Each group's part of all weights, of those that this rank holds. All at once, they cost a GPU few kernels.
         self._shares = [torch.full_like(local(depth), size / total) for depth, size in self._depths.values()]
         self._share_G = torch.cat([share.flatten() for share in self._shares]).double()
@@ -124,35 +136,67 @@ class BitPenalty:
     def metrics(self) -> dict[str, float]:
         """Bits a weight, whole and by stage, the share of each stage's weights that have none, and gamma; waits.
 
-        Bits are those that depths allow for; all ranks must ask.
+        Weights are those of the starting network; bits those that depths allow for. All ranks must ask.
         """
-        by_stage: dict[str, list[Depth]] = {}
-        for name, depth in self._depths.items():
-            by_stage.setdefault(name.partition(".")[0], []).append(depth)
-        numbers = [self._gamma, bits_a_weight(self._depths.values())]
-        numbers += [mean for depths in by_stage.values() for mean in (bits_a_weight(depths), dead_share(depths))]
-        names = [f"{kind}/{stage}" for stage in by_stage for kind in ("weight_bits", "dead")]
-        return dict(zip(["gamma", "weight_bits", *names], OnHost(torch.stack(numbers)).read(), strict=True))
+        numbers = [self._gamma, bits_a_weight(self._depths.values(), sum(self._weights.values()))]
+        for stage, weights in self._weights.items():
+            depths = [depth for name, depth in self._depths.items() if name.partition(".")[0] == stage]
+            numbers += [bits_a_weight(depths, weights), dead_share(depths, weights)]
+        names = [f"{kind}/{stage}" for stage in self._weights for kind in ("weight_bits", "dead")]
+        on_device = torch.stack([number.to(self._gamma.device) for number in numbers])
+        return dict(zip(["gamma", "weight_bits", *names], OnHost(on_device).read(), strict=True))
 
     def write_to(self, state: TrainingState) -> None:
         """Notes what has added up; waits for the device."""
         (state.gamma,) = OnHost(self._held[None]).read()
 
 
-def bits_a_weight(depths: Iterable[Depth]) -> Tensor:
-    """The mean of bits that depths allow for, on the device; all ranks must ask."""
-    return _mean([(depth.detach().clamp(0, MAX_BITS).ceil(), size) for depth, size in depths])
+def bits_a_weight(depths: Iterable[Depth], weights: int) -> Tensor:
+    """The mean over so many weights of bits that depths allow for, on the device; all ranks must ask."""
+    return _sum([(depth.detach().clamp(0, MAX_BITS).ceil(), size) for depth, size in depths]) / weights
 
 
-def dead_share(depths: Iterable[Depth]) -> Tensor:
-    """The share of weights that have no bits, on the device; all ranks must ask."""
-    return _mean([((depth.detach() <= 0).float(), size) for depth, size in depths])
+def dead_share(depths: Iterable[Depth], weights: int) -> Tensor:
+    """The share of so many weights that have no bits, or are not there, on the device; all ranks must ask."""
+    return (weights - _sum([((depth.detach() > 0).float(), size) for depth, size in depths])) / weights
 
 
-def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
+def _sum(values: Sequence[tuple[Tensor, int]]) -> Tensor:
     """Over weights, of values of groups, each of so many weights; one reduction where they are sharded."""
+    if not values:  # of a stage that removal has left nothing of
+        return torch.zeros((), dtype=torch.float64)
     first, *others = (value.sum(dtype=torch.float64) * size for value, size in values)
-    return whole(sum(others, first)) / sum(value.numel() * size for value, size in values)
+    return whole(sum(others, first))
+
+
+def remove_dead_channels_(
+    model: Model, optimizer: torch.optim.Optimizer, groups: Callable[[], list[dict[str, Any]]]
+) -> bool:
+    """Takes dead channels out of the model and of the optimizer's state; says whether there were any.
+
+    Args:
+        optimizer: has done its step, and no gradients are left.
+        groups: makes its groups anew, of the parameters that are left.
+
+    Raises:
+        NothingLeft: all channels of all blocks are dead.
+    """
+    before = dict(model.named_parameters())
+    kept = remove_dead_(model)
+    if not kept:
+        return False
+    if not _layers(model):
+        raise NothingLeft
+    old, state = optimizer.state, dict[Tensor, Any]()
+    for name, parameter in model.named_parameters():
+        rows, columns = kept.get(name, (None, None))
+        own = old[before[name]].items()  # but for moments a count of steps, which is no matrix
+        state[parameter] = {kind: kept_of(x, rows, columns) if x.ndim else x for kind, x in own}
+    optimizer.state = defaultdict(dict, state)
+    optimizer.param_groups = []
+    for group in groups():
+        optimizer.add_param_group(group)
+    return True
 
 
 def _layers(model: Model) -> dict[str, QuantisedLinear]:
@@ -160,8 +204,4 @@ def _layers(model: Model) -> dict[str, QuantisedLinear]:
 
 
 def _weights_in_group(layer: QuantisedLinear) -> int:
-    return layer.in_features * layer.out_features // layer.depth.numel()
-
-
-def _number_of_weights(model: Model) -> int:
-    return sum(layer.in_features * layer.out_features for layer in _layers(model).values())
+    return layer.weight.numel() // layer.depth.numel()

@@ -32,7 +32,12 @@ MODEL_CONFIGS: dict[str, type[DLCMConfig] | type[LlamaBaselineConfig]] = {
     "llama": LlamaBaselineConfig,
 }
 # Model fields that the `compression` section decides, by its own keys.
-FROM_COMPRESSION = {"quantiser": "method", "quantiser_rows": "group_rows", "quantiser_columns": "group_columns"}
+FROM_COMPRESSION = {
+    "quantiser": "method",
+    "quantiser_rows": "group_rows",
+    "quantiser_columns": "group_columns",
+    "channels_left": "remove_every",
+}
 FROM_TOKENIZER = (
     "bos_token_id",
     "eos_token_id",
@@ -152,6 +157,9 @@ class CompressionConfig:
     ramp: float = within(FRACTION, 0.5)  # and after it, until the target is wanted, or gamma whole
     lr: float = within(POSITIVE, 0.5)  # of bits and exponents
     eps: float = within(POSITIVE, 6.0)  # of their AdamW, as a multiple of the part that a group is of all weights
+    remove_every: int | None = within(
+        AT_LEAST_ONE, None
+    )  # steps, after which dead channels leave the model; null: never
 
 
 @dataclass
@@ -344,6 +352,12 @@ def validate(run: RunConfig) -> None:
             f"multiple of checkpoint.every"
         )
     _check_compression(run.compression)
+    if run.compression.remove_every is not None and run.parallel.strategy != "ddp":
+        raise ConfigError(
+            f"compression.remove_every is {run.compression.remove_every} where parallel.strategy is "
+            f"{run.parallel.strategy}, whose shards cannot change their shapes; set parallel.strategy=ddp, or leave "
+            f"compression.remove_every null"
+        )
     learned = isinstance(model_config, DLCMConfig) and model_config.segmenter == "learned"
     _check_given("optimizer.lr_concept", rates.lr_concept, isinstance(model_config, DLCMConfig), "concept parameters")
     _check_given("optimizer.lr_boundary", rates.lr_boundary, learned, "a learned segmenter")
@@ -365,9 +379,9 @@ def _check_data(data: DataConfig) -> None:
 
 def _check_compression(compression: CompressionConfig) -> None:
     method, target, gamma = compression.method, compression.target_bits, compression.gamma
-    if method != "learned" and (target is not None or gamma is not None):
-        key = "gamma" if target is None else "target_bits"
-        raise ConfigError(f"compression.{key} is set, but only compression.method=learned reads it; leave it null")
+    for key in ("target_bits", "gamma", "remove_every"):
+        if method != "learned" and getattr(compression, key) is not None:
+            raise ConfigError(f"compression.{key} is set, but only compression.method=learned reads it; leave it null")
     if method == "learned" and (target is None) == (gamma is None):
         raise ConfigError("compression.target_bits or compression.gamma: give one of them, and leave the other null")
     if target is not None and target >= compression.bits:

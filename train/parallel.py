@@ -58,8 +58,7 @@ def distribute(
     """
     if ranks.size == 1 or parallel.strategy == "ddp":
         model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        # Gradients live in the buckets they travel in: otherwise both would take their room.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.size > 1 else model
+        return _replicated(model) if ranks.size > 1 else model
     if parallel.strategy == "hybrid":
         assert parallel.shard_size is not None
         shape = ranks.size // parallel.shard_size, parallel.shard_size
@@ -75,6 +74,17 @@ def distribute(
     if hasattr(model, "boundary_statistics"):  # the other way into the model
         add_forward_method(model, "boundary_statistics")
     return model
+
+
+def _replicated(model: nn.Module) -> DistributedDataParallel:
+    # Gradients live in the buckets they travel in: otherwise both would take their room.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def rewrapped(parallel: nn.Module) -> nn.Module:
+    """What a training step is to call once some parameters of a model, which is not sharded, are others than before."""
+    assert not isinstance(parallel, FSDPModule)
+    return _replicated(parallel.module) if isinstance(parallel, DistributedDataParallel) else parallel
 
 
 class _Hidden:

@@ -21,6 +21,7 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -52,7 +53,14 @@ from train.checkpoint import (
     restore_checkpoint,
     verify_checkpoint,
 )
-from train.compression import BitPenalty, fit_quantisers_, is_of_quantiser, quantiser_groups
+from train.compression import (
+    BitPenalty,
+    NothingLeft,
+    fit_quantisers_,
+    is_of_quantiser,
+    quantiser_groups,
+    remove_dead_channels_,
+)
 from train.config import (
     ConfigError,
     RunConfig,
@@ -66,7 +74,7 @@ from train.distributed import PeerFailure, Ranks, means_lost_rank
 from train.environment import record_start
 from train.evaluate import evaluate
 from train.metrics import MetricsError, MetricsLog, Throughput, progress_bar, read_metrics, show_progress
-from train.parallel import check_parallel, distribute
+from train.parallel import check_parallel, distribute, rewrapped
 from train.saving import CheckpointSaver
 from train.schedule import learning_rate_factor, sharpening, target_ratio
 from train.signals import StopRequests
@@ -141,7 +149,8 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
         ranks.on_first(functools.partial(check_model, checkpoint, model_config))
     elif run.init_from is not None:
         ranks.on_first(lambda: check_initial_weights(run, model_config, training))
-    model = build_model(run, training, tokenizer)
+    channels_left = None if checkpoint is None else load_model_config(checkpoint).channels_left
+    model = build_model(run, training, tokenizer, channels_left)
     if checkpoint is None and run.init_from is not None:
         load_initial_weights(run, model)
     parallel = distribute(model, run.parallel, device, ranks, uses_bf16(run, device))
@@ -226,8 +235,9 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
             logs = state.step == 1 or state.step % run.log_every == 0 or is_last
             saves = state.step % run.checkpoint.every == 0 or is_last
             evaluates = evaluation_due(run, state.step)
+            removes = removal_due(run, state.step)
             # Numbers are read a step late, when the device has other work to go on with, unless they are needed now.
-            needed = logs or saves or evaluates or (asked_to_stop and ranks.size == 1)
+            needed = logs or saves or evaluates or removes or (asked_to_stop and ranks.size == 1)
             unread.append(UnreadNumbers(state.step, sums, outcome))
             while len(unread) > (0 if needed or stopping else 1):
                 numbers = unread.popleft().read()
@@ -254,6 +264,16 @@ def pretrain(run: RunConfig, checkpoint: Path | None, ranks: Ranks) -> int:
                 throughput.restart()
             bar.update()
 
+            if removes and penalty is not None:
+                penalty.write_to(state)
+                if remove(run, model, optimizer, state.step, checkpoint):
+                    parallel = rewrapped(parallel)
+                    if run.compile:
+                        compile_blocks_(model)
+                    peak_rates = [group["lr"] for group in optimizer.param_groups]
+                    penalty = BitPenalty(run, model, state)
+                    warm = state.step + WARM_UP_STEPS
+                    throughput.restart()
             if saves or stopping:
                 if spikes is not None:
                     spikes.write_to(state)
@@ -301,6 +321,28 @@ def lacks_evaluation(run: RunConfig, step: int) -> bool:
     return step not in recorded
 
 
+def removal_due(run: RunConfig, step: int) -> bool:
+    """Whether dead channels leave the model of `step` completed steps."""
+    return run.compression.remove_every is not None and step % run.compression.remove_every == 0
+
+
+def remove(run: RunConfig, model: Model, optimizer: torch.optim.AdamW, step: int, checkpoint: Path | None) -> bool:
+    """Takes dead channels out of model and optimizer; says whether there were any.
+
+    Raises:
+        TrainingError: there are no others.
+    """
+    try:
+        return remove_dead_channels_(model, optimizer, functools.partial(optimizer_groups, run, model))
+    except NothingLeft as error:
+        way = "set a higher compression.target_bits, or a lower compression.gamma"
+        if checkpoint is None:
+            way = f"there is no checkpoint yet: delete {run.output}, and {way}"
+        else:
+            way = f"the last good checkpoint, {checkpoint}, is intact: go on from it, --resume {run.output}, but {way}"
+        raise TrainingError(f"step {step}: no weight of any block has bits left; {way}") from error
+
+
 def too_many_skipped(run: RunConfig, state: TrainingState) -> str | None:
     """Why a run has to stop, if so many of its last steps moved nothing that it is on no good way."""
     if state.bad_in_a_row >= run.max_bad_steps:
@@ -343,13 +385,21 @@ def final_model_config(
     return config
 
 
-def build_model(run: RunConfig, shards: TokenShards | Mixture, tokenizer: PreTrainedTokenizerFast) -> Model:
+def build_model(
+    run: RunConfig,
+    shards: TokenShards | Mixture,
+    tokenizer: PreTrainedTokenizerFast,
+    channels_left: dict[str, list[int]] | None = None,
+) -> Model:
     """The model at its initialisation, which depends on the run's seed alone, on the CPU.
+
+    Args:
+        channels_left: by removal, where the run goes on; None: it has removed nothing.
 
     Raises:
         DataError, TokenizerError: see `final_model_config`.
     """
-    config = final_model_config(run, shards, tokenizer)
+    config = changed(final_model_config(run, shards, tokenizer), {"channels_left": channels_left})
     torch.manual_seed(run.seed)
     model = DLCMForCausalLM(config) if isinstance(config, DLCMConfig) else LlamaBaselineForCausalLM(config)
     fit_quantisers_(run, model)
@@ -371,7 +421,13 @@ def check_initial_weights(run: RunConfig, config: DLCMConfig | LlamaBaselineConf
         )
     if (directory / CHECKSUMS).exists():
         verify_checkpoint(directory)
-    changes = config_changes(load_model_config(directory), config)
+    saved = load_model_config(directory)
+    if saved.channels_left is not None:
+        raise ConfigError(
+            f"init_from: {directory} lost channels to compression.remove_every, and only its own run goes on without; "
+            f"begin with what eval.selfcompress export and unpack make of it, which has zeros in their places"
+        )
+    changes = config_changes(saved, config)
     words = [f"model.{name} from {old} to {new}" for name, (old, new) in changes.items()]
     if "quantiser" in changes and changes["quantiser"][0] == "none":  # what rounds may begin with plain weights
         config = changed(config, {"quantiser": "none"})
@@ -404,6 +460,12 @@ def load_initial_weights(run: RunConfig, model: Model) -> None:
 
 def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
     """AdamW with a group for each role that decoupled muP tells apart, and others for bit depths and exponents."""
+    betas = run.optimizer.beta1, run.optimizer.beta2
+    return torch.optim.AdamW(optimizer_groups(run, model), betas=betas, fused=True)
+
+
+def optimizer_groups(run: RunConfig, model: Model) -> list[dict[str, Any]]:
+    """Of its parameters as they are."""
     settings = run.optimizer
     groups = parameter_groups(
         ((name, parameter) for name, parameter in model.named_parameters() if not is_of_quantiser(name)),
@@ -416,8 +478,7 @@ def build_optimizer(run: RunConfig, model: Model) -> torch.optim.AdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
-    groups += quantiser_groups(run, model)
-    return torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+    return groups + quantiser_groups(run, model)
 
 
 def choose_device(run: RunConfig, ranks: Ranks) -> torch.device:

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.checkpoint import (
     CHECKSUMS,
@@ -89,12 +89,14 @@ class CheckpointSaver:
         for kind in KINDS:
             for name, tensor in owned_tensors(tensors[kind], owner[kind], self._ranks.rank):
                 self._copy(kind, name, tensor)
+            own = [name for name in tensors[kind] if owner[kind][name] == self._ranks.rank]
+            self._copies[kind] = {name: self._copies[kind][name] for name in own}  # others are gone since
         sizes = {kind: sum(x.numel() * x.element_size() for x in tensors[kind].values()) for kind in KINDS}
         indices = {kind: self._index(kind, owner[kind], sizes[kind]) for kind in KINDS} if self._ranks.size > 1 else {}
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied is not None:
             copied.record()
-        arguments = final, dataclasses.replace(state), indices, copied
+        arguments = final, dataclasses.replace(state), copy.copy(self._model.config), indices, copied
         self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         return final
@@ -143,7 +145,7 @@ class CheckpointSaver:
     def _copy(self, kind: str, name: str, tensor: Tensor) -> None:
         """Copies what the next step will change; a GPU, which does both in order, need not be waited for."""
         copies = self._copies[kind]
-        if name not in copies:
+        if name not in copies or copies[name].shape != tensor.shape:
             copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copies[name].copy_(tensor, non_blocking=True)
 
@@ -160,7 +162,12 @@ class CheckpointSaver:
             self._error = error
 
     def _write(
-        self, final: Path, state: TrainingState, indices: dict[str, Any], copied: torch.cuda.Event | None
+        self,
+        final: Path,
+        state: TrainingState,
+        config: PreTrainedConfig,
+        indices: dict[str, Any],
+        copied: torch.cuda.Event | None,
     ) -> None:
         failure: BaseException | None = None
         hashes = torch.zeros(len(KINDS) + 1, SHA256_BYTES, dtype=torch.uint8)  # last, whether there are none
@@ -169,7 +176,7 @@ class CheckpointSaver:
                 copied.synchronize()
             with self._refusals_named(final):
                 if self._ranks.is_first:
-                    self._write_small_files(_partial(final), state, indices)
+                    self._write_small_files(_partial(final), state, config, indices)
                 for row, kind in zip(hashes, KINDS, strict=False):
                     row.copy_(self._write_tensors(_partial(final), kind))
         except BaseException as error:  # the other ranks must hear of it before it is raised
@@ -190,8 +197,10 @@ class CheckpointSaver:
 
     # In the background, on rank 0
 
-    def _write_small_files(self, partial: Path, state: TrainingState, indices: dict[str, Any]) -> None:
-        config, generation_config = copy.copy(self._model.config), self._model.generation_config
+    def _write_small_files(
+        self, partial: Path, state: TrainingState, config: PreTrainedConfig, indices: dict[str, Any]
+    ) -> None:
+        generation_config = self._model.generation_config
         config.architectures, config.dtype = [type(self._model).__name__.removeprefix("FSDP")], "float32"
         config.save_pretrained(partial)
         if generation_config is not None:

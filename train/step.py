@@ -242,8 +242,9 @@ def spare_the_collector() -> None:
     """Python's garbage collector leaves alone what is there now. To be called once the first steps have compiled.
 
     A full collection looks at a million objects of torch and its compilers, again and again, and takes most of the
-    host's time in a step: time that a small model's GPU spends idle.
+    host's time in a step: time that a small model's GPU spends idle. Asked again, it looks once more at all there is.
     """
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

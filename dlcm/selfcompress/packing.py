@@ -25,10 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dlcm.baseline import LlamaBaselineForCausalLM
-from dlcm.config import DLCMConfig, LlamaBaselineConfig
-from dlcm.flops import parameter_counts
+from dlcm.config import DLCMConfig, LlamaBaselineConfig, changed
+from dlcm.flops import parameter_counts, rounded_weights
 from dlcm.model import DLCMForCausalLM
-from dlcm.selfcompress.quantiser import MAX_BITS, QUANTISER_PARAMETERS, QuantisedLinear, plain_, quantised_linears
+from dlcm.selfcompress.quantiser import (
+    MAX_BITS,
+    QUANTISER_PARAMETERS,
+    Quantised,
+    QuantisedLinear,
+    group_shape,
+    plain_of,
+    quantised_linears,
+)
 
 PACKED = "model.packed"
 ARRAYS = ("widths", "minimums", "scales", "codes")
@@ -171,18 +179,16 @@ def read_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> Pa
 
 
 def load_packed(directory: Path, config: DLCMConfig | LlamaBaselineConfig) -> Model:
-    """The model of a packed file, with plain weights, in fp32 and evaluation mode.
+    """The model of a packed file, with plain weights in the widths it began with, in fp32 and evaluation mode.
 
     Args, Raises: see `read_packed`.
     """
     packed = read_packed(directory, config)
-    model, state = packed.model, {name: x.float() for name, x in packed.rest.items()}
-    for name, layer in quantised_linears(model).items():
-        shape = layer.out_features, layer.in_features
-        state[f"{name}.weight"] = unpack_matrix(packed.matrices[name], shape, *group_of(layer))
-    plain_(model)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    state = {name: x.float() for name, x in packed.rest.items()}
+    for name, layer in quantised_linears(packed.model).items():
+        rows, columns = layer.weight.shape
+        state[f"{name}.weight"] = unpack_matrix(packed.matrices[name], (rows, columns), *group_of(layer))
+    return plain_of(packed.model, state).eval()
 
 
 def _check_size(path: Path, config: DLCMConfig | LlamaBaselineConfig, shapes: dict[str, list[int]]) -> None:
@@ -190,7 +196,8 @@ def _check_size(path: Path, config: DLCMConfig | LlamaBaselineConfig, shapes: di
     lacking = [name for name in ARRAYS if len(shapes.get(name, ())) != 1]
     if lacking or config.quantiser == "none":
         raise PackedError(f"{path}: has no {lacking[0] if lacking else 'rounded weights'}; pack the checkpoint again")
-    numbers = sum(parameter_counts(config).values())
+    # What was removed is zero in the model that is unpacked.
+    numbers = sum(parameter_counts(changed(config, {"channels_left": None})).values())
     rest = sum(math.prod(shape) for name, shape in shapes.items() if name not in ARRAYS)
     if not 0 < numbers - rest < MOST_WEIGHTS_PER_BYTE * path.stat().st_size:
         raise PackedError(f"{path}: config.json is of {numbers:,} numbers, which this file does not hold")
@@ -206,7 +213,7 @@ def _matrices(path: Path, model: Model, tensors: dict[str, Tensor]) -> dict[str,
     layers, matrices = quantised_linears(model), {}
     for name in sorted(layers):
         rows, columns = group_of(layers[name])
-        groups = layers[name].out_features * layers[name].in_features // (rows * columns)
+        groups = layers[name].weight.numel() // (rows * columns)
         own = widths[:groups]
         live, nbytes = int((own > 0).sum()), -(-int(own.sum(dtype=np.int64)) * rows * columns // 8)
         if len(own) < groups or own.max() > MAX_BITS or live > min(len(minimums), len(scales)) or nbytes > len(codes):
@@ -218,11 +225,11 @@ def _matrices(path: Path, model: Model, tensors: dict[str, Tensor]) -> dict[str,
     return matrices
 
 
-def group_of(layer: torch.nn.Module) -> tuple[int, int]:
+def group_of(layer: Quantised) -> tuple[int, int]:
     """Rows and columns of the groups in which a layer's weights are packed."""
     if isinstance(layer, QuantisedLinear):
-        return layer.out_features // layer.depth.shape[0], layer.in_features // layer.depth.shape[1]
-    return layer.out_features, layer.in_features  # type: ignore[return-value]  # ternary: one scale
+        return group_shape(layer.weight, layer.depth)
+    return layer.out_features, layer.in_features  # ternary: one scale
 
 
 def _not_rounded(model: Model) -> dict[str, Tensor]:
@@ -240,7 +247,7 @@ class Size:
     """Bits of a packed model.
 
     Attributes:
-        weights: how many are rounded.
+        weights: how many were rounded at the start, before removal.
         code_bits: of their codes.
         header_bits: widths, minimums and scales.
         rest_bits: what is not rounded.
@@ -260,13 +267,14 @@ class Size:
 def predicted_size(model: Model, rest: str) -> Size:
     """What the bit depths promise, without a look at the weights; ternary ones take two bits."""
     layers = quantised_linears(model).values()
-    groups = live = weights = code_bits = 0
+    groups = live = code_bits = 0
     for layer in layers:
         rows, columns = group_of(layer)
         depth = layer.depth.clamp(0, MAX_BITS).ceil() if isinstance(layer, QuantisedLinear) else torch.tensor([2.0])
         groups, live = groups + depth.numel(), live + int((depth > 0).sum())
-        weights, code_bits = weights + layer.weight.numel(), code_bits + int(depth.double().sum()) * rows * columns
+        code_bits += int(depth.double().sum()) * rows * columns
     numbers = sum(x.numel() for x in _not_rounded(model).values())
+    weights = sum(rounded_weights(model.config).values())
     return Size(weights, code_bits, GROUP_BITS * groups + LIVE_BITS * live, 8 * DTYPES[rest].itemsize * numbers)
 
 

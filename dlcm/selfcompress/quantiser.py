@@ -12,14 +12,20 @@ the group is dead, yet b keeps its gradient.
 The control is ternary weights by their mean magnitude, one scale a matrix (BitNet b1.58, weights alone).
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlcm.blocks import Block
 from dlcm.causal_lm import PackedCausalLM
-from dlcm.config import TokenBlocksConfig
+from dlcm.config import TokenBlocksConfig, changed
 from dlcm.cross_attention import CrossAttention
+from dlcm.selfcompress.partial import PartialLinear
+
+AnyModel = TypeVar("AnyModel", bound=PackedCausalLM)
 
 MAX_BITS = 8
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -76,12 +82,20 @@ def ternary_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-1, 1).round(), scale
 
 
+def kept_of(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """These rows and columns of a matrix; None: all."""
+    for dimension, index in enumerate((rows, columns)):
+        if index is not None:
+            x = x.index_select(dimension, index.to(x.device))
+    return x
+
+
 def group_shape(weight: Tensor, depth: Tensor) -> tuple[int, int]:
     """Rows and columns of a group."""
     return weight.shape[0] // depth.shape[0], weight.shape[1] // depth.shape[1]
 
 
-class QuantisedLinear(nn.Linear):
+class QuantisedLinear(PartialLinear):
     """y = x q(W)^T, with the weights of a plain layer and, of each group, the bit depth and the exponent."""
 
     depth: nn.Parameter
@@ -89,17 +103,28 @@ class QuantisedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, rows: int, columns: int | None):
         assert linear.bias is None
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
+        super().__init__(linear.weight)
         groups = linear.out_features // rows, linear.in_features // (columns or linear.in_features)
         self.depth = nn.Parameter(linear.weight.new_full(groups, MAX_BITS))
         self.exponent = nn.Parameter(linear.weight.new_zeros(groups))
 
-    def quantised_weight(self) -> Tensor:
+    def used_weight(self) -> Tensor:
         return fake_quantise(self.weight, self.depth, self.exponent)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.quantised_weight())
+    def keep_(self, rows: Tensor | None, columns: Tensor | None) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Keeps these rows and columns, whole groups of them, or columns of groups that have all; None: all.
+
+        Returns:
+            By parameter, which rows and columns of it.
+        """
+        height, width = group_shape(self.weight, self.depth)
+        group_columns = None if columns is None or self.depth.shape[1] == 1 else columns[::width] // width
+        groups = None if rows is None else rows[::height] // height, group_columns
+        kept = {"weight": (rows, columns)} | dict.fromkeys(QUANTISER_PARAMETERS, groups)
+        for name, index in kept.items():
+            setattr(self, name, nn.Parameter(kept_of(getattr(self, name).detach(), *index)))
+        self.place_(None, None)
+        return kept
 
     @torch.no_grad()
     def fit_(self, bits: int) -> None:
@@ -123,20 +148,16 @@ class QuantisedLinear(nn.Linear):
         return codes, scale[:, 0, :, 0]
 
 
-class TernaryLinear(nn.Linear):
+class TernaryLinear(PartialLinear):
     """y = x W3^T, W3 in {-1, 0, 1} times one scale; gradients pass straight to the weights of a plain layer."""
 
     def __init__(self, linear: nn.Linear):
         assert linear.bias is None
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
+        super().__init__(linear.weight)
 
-    def quantised_weight(self) -> Tensor:
+    def used_weight(self) -> Tensor:
         codes, scale = ternary_codes(self.weight)
         return straight_through((scale * codes).to(self.weight.dtype), self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.quantised_weight())
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +166,7 @@ class TernaryLinear(nn.Linear):
         return codes[None, :, None], scale.view(1, 1)
 
 
-Quantised = QuantisedLinear | TernaryLinear  # both have `quantised_weight` and `codes`
+Quantised = QuantisedLinear | TernaryLinear  # both have `used_weight` and `codes`
 
 
 def quantise_linears_(model: nn.Module, config: TokenBlocksConfig) -> None:
@@ -168,14 +189,34 @@ def quantised_linears(model: nn.Module) -> dict[str, Quantised]:
 
 
 @torch.no_grad()
-def plain_(model: PackedCausalLM) -> None:
-    """Makes plain layers, of the rounded weights, of all that round: what they are after training, and faster."""
-    for parent, name, linear in _linears(model):
-        if isinstance(linear, Quantised):
-            plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(linear.quantised_weight())
-            setattr(parent, name, plain)
-    model.config.quantiser = "none"
+def plain(model: AnyModel) -> AnyModel:
+    """A model of plain layers, of the rounded weights of all that round: what it is after training, and faster.
+
+    It has the widths that the model began with: what removal left out of it is zero. All else is shared.
+    """
+    weights = {f"{name}.weight": layer.used_weight() for name, layer in quantised_linears(model).items()}
+    return plain_of(model, model.state_dict() | weights)
+
+
+def plain_of(model: AnyModel, state: Mapping[str, Tensor]) -> AnyModel:
+    """A plain model in the widths that the model began with.
+
+    Args:
+        model: whose weights are rounded; its own tensors are not looked at.
+        state: tensors by name, weights rounded and in the model's shapes.
+    """
+    with torch.device("meta"):
+        whole = type(model)(changed(model.config, {"quantiser": "none", "channels_left": None}))
+    placed = {f"{name}.weight": layer.placed for name, layer in quantised_linears(model).items()}
+    some = next(iter(state.values()))
+    tensors = {}
+    for name, expected in whole.state_dict().items():
+        x = state[name] if name in state else some.new_zeros(expected.shape)  # of a sublayer that is not there
+        x = placed[name](x) if name in placed else x
+        missing = [(0, size - own) for size, own in zip(expected.shape[::-1], x.shape[::-1], strict=True)]
+        tensors[name] = F.pad(x, sum(missing, ())) if x.shape != expected.shape else x
+    whole.load_state_dict(tensors, assign=True)
+    return whole.train(model.training)
 
 
 def _linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:

@@ -16,7 +16,7 @@ from train.checkpoint import latest_checkpoint, load_model, load_model_config
 from train.pretrain import main as pretrain
 
 COMPRESSIONS = {
-    "dlcm": {"method": "learned", "target_bits": 0.7, "start": 0.0, "ramp": 0.4},
+    "dlcm": {"method": "learned", "target_bits": 0.7, "start": 0.0, "ramp": 0.4, "remove_every": 20},
     "llama": {"method": "learned", "target_bits": 0.7, "start": 0.0, "ramp": 0.4, "group_rows": 8, "group_columns": 8},
 }
 
@@ -34,6 +34,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(directory / "plain.yaml", "llama", data, directory / "plain", schedule={"steps": 2})
     assert pretrain([str(config)]) == 0
     return directory
+
+
+def test_training_removed_channels_of_one_of_them(runs: Path):
+    model = load_model(latest_checkpoint(runs / "dlcm"))
+    assert model.config.channels_left
+    for name in ("dlcm", "dlcm.packed"):
+        directory = latest_checkpoint(runs / name) if name == "dlcm" else runs / name
+        assert load_model_config(directory).channels_left == model.config.channels_left
 
 
 def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -45,6 +45,7 @@ STEPS, HALF = 4, 2
 SPIKE = 2  # counted from 0: the first step from which a run goes on
 WATCHED = {"deviations": 10.0, "window": 2}
 PRESSED = {"method": "learned", "target_bits": 1.0, "start": 0.0, "ramp": 0.5}
+DYING = {"method": "learned", "bits": 1, "gamma": 12.0, "start": 0.0, "ramp": 0.0, "remove_every": 1}
 FSDP, HYBRID = {"strategy": "fsdp"}, {"strategy": "hybrid", "shard_size": 2}
 # Whose parameters are of no block, or of one that runs within the decoder.
 PATHS = {"aux_loss_weight": 0.5, "clean_start": True, "injection": "every", "pooling": "last"}
@@ -197,6 +198,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.run_here(runs.start("llama", 4, "llama"))
     runs.run_here(runs.start("paths", 4, model=PATHS))
     runs.run_here(runs.start("pressed-one", 4, compression=PRESSED))
+    runs.run_here(runs.start("dying-one", 4, compression=DYING))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain_module, "forward_backward", spiking(pretrain_module.forward_backward))
         runs.run_here(runs.start("spiked-one", 4, spikes=WATCHED))
@@ -225,6 +227,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         runs.start("spiked-fsdp", 2, spikes=WATCHED, parallel=FSDP),
         runs.resume("spiked-fsdp-fsdp", "spiked-fsdp"),
         runs.start("pressed-ddp", 2, compression=PRESSED),
+        runs.start("dying-ddp", 2, compression=DYING),
+        runs.resume("dying-ddp-ddp", "dying-ddp"),
         runs.start("pressed-fsdp", 2, compression=PRESSED, parallel=FSDP),
         runs.resume("pressed-fsdp-fsdp", "pressed-fsdp"),
         runs.resume("fsdp-fsdp", "fsdp"),
@@ -279,6 +283,7 @@ def assert_close(run_dir: Path, expected: Path, after: int = 0) -> None:
         ("spiked-ddp", "spiked-one"),
         ("spiked-fsdp", "spiked-one"),
         ("pressed-ddp", "pressed-one"),
+        ("dying-ddp", "dying-one"),
         ("pressed-fsdp", "pressed-one"),
     ],
 )
@@ -314,6 +319,7 @@ def test_all_ranks_skip_a_spike(name: str, runs: Runs):
         *(("ddp-ddp", "ddp"), ("fsdp-fsdp", "fsdp"), ("hybrid-hybrid", "hybrid"), ("four-fsdp", "four")),
         ("spiked-fsdp-fsdp", "spiked-fsdp"),
         ("pressed-fsdp-fsdp", "pressed-fsdp"),
+        ("dying-ddp-ddp", "dying-ddp"),
     ],
 )
 def test_a_run_goes_on_unchanged_bit_for_bit(resumed: str, name: str, runs: Runs):

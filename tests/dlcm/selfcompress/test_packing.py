@@ -22,7 +22,7 @@ from dlcm.selfcompress.packing import (
     save_packed,
     unpack_matrix,
 )
-from dlcm.selfcompress.quantiser import plain_, quantised_linears
+from dlcm.selfcompress.quantiser import plain, quantised_linears
 from tests.conftest import tiny_baseline, tiny_baseline_config, tiny_dlcm
 
 BUILDERS = [tiny_dlcm, tiny_baseline]
@@ -81,8 +81,7 @@ def test_unpacked_weights_are_the_trained_ones_to_the_last_bit(builder: Any, ove
     model = trained(builder, **overrides)
     save_packed(model, tmp_path, "fp32")
     unpacked = load_packed(tmp_path, model.config)
-    plain_(model)
-    ours, theirs = unpacked.state_dict(), model.state_dict()
+    ours, theirs = unpacked.state_dict(), plain(model).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -126,6 +125,8 @@ def test_another_models_config_is_refused(tmp_path: Path):
         refused(tmp_path, **changes)
     assert "numbers" in refused(tmp_path, num_layers=10**7)
     assert "numbers" in refused(tmp_path, token_ffn=4 * 10**9)
+    none_left = {f"decoder.layers.{number}.ffn": [0] for number in range(2)}  # which would be unpacked to zeros
+    assert "numbers" in refused(tmp_path, token_ffn=4 * 10**9, channels_left=none_left)
     refused(tmp_path, quantiser="none")
 
 

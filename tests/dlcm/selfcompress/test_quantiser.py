@@ -16,7 +16,7 @@ from dlcm.selfcompress.quantiser import (
     QuantisedLinear,
     TernaryLinear,
     fake_quantise,
-    plain_,
+    plain,
     quantised_linears,
     scaled_codes,
     ternary_codes,
@@ -107,14 +107,14 @@ def test_the_product_of_codes_and_scales_is_the_weight_to_the_last_bit():
     layer.fit_(3)
     codes, scale = layer.codes()
     assert torch.equal(codes, codes.round())
-    assert torch.equal((codes * scale[:, None, :, None]).view(32, 64), layer.quantised_weight())
+    assert torch.equal((codes * scale[:, None, :, None]).view(32, 64), layer.used_weight())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_exponent_at_the_start_clips_nothing_but_the_largest(bits: int):
     layer = QuantisedLinear(nn.Linear(256, 16, bias=False), 1, None)
     layer.fit_(bits)
-    error = (layer.quantised_weight() - layer.weight).abs()
+    error = (layer.used_weight() - layer.weight).abs()
     step = layer.exponent.exp2()
     assert bool((error <= step + 1e-6).all()) and bool(((error > 0.5001 * step).sum(1) <= 2 ** (8 - bits) * 4).all())
     assert layer.depth.ceil().unique().tolist() == [bits]
@@ -126,7 +126,7 @@ def test_ternary_weights_are_rounded_by_the_mean_and_pass_gradients_through():
     codes, scale = ternary_codes(layer.weight)
     assert scale == layer.weight.abs().mean() and codes.unique().tolist() == [-1, 0, 1]
     expected = (layer.weight / scale).round().clamp(-1, 1) * scale
-    assert torch.equal(layer.quantised_weight(), expected)
+    assert torch.equal(layer.used_weight(), expected)
     x = torch.randn(5, 64)
     layer(x).square().sum().backward()
     plain = nn.Linear(64, 32, bias=False)
@@ -161,12 +161,11 @@ def test_a_plain_model_of_the_rounded_weights_computes_the_same(builder: Any):
     model = fitted(builder, 3)
     batch = arrange(random_documents([9, 17], 0), "packed")
     expected = model(**batch.inputs).logits
-    plain = copy.deepcopy(model)
-    plain_(plain)
-    assert not quantised_linears(plain) and plain.config.quantiser == "none"
-    assert torch.equal(plain(**batch.inputs).logits, expected)
-    assert sum(parameter_counts(plain.config).values()) == plain.num_parameters()
-    assert plain.state_dict().keys() == builder().state_dict().keys()
+    same = plain(model)
+    assert not quantised_linears(same) and same.config.quantiser == "none"
+    assert torch.equal(same(**batch.inputs).logits, expected)
+    assert sum(parameter_counts(same.config).values()) == same.num_parameters()
+    assert same.state_dict().keys() == builder().state_dict().keys()
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -212,11 +211,11 @@ def test_depths_are_capped():
 
 def test_llama_takes_rounded_weights_once_they_are_plain():
     model = fitted(tiny_baseline, 4)
-    with pytest.raises(ValueError, match="plain_"):
+    with pytest.raises(ValueError, match="plain"):
         model.to_llama()
     batch = arrange(random_documents([9, 9], 0), "rows")
     expected = model(**batch.inputs).logits
-    plain_(model)
+    model = plain(model)
     torch.testing.assert_close(model.to_llama()(**batch.inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
