@@ -106,8 +106,8 @@ def test_a_cache_works_as_before(builder: Any, share: float):
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_any_number_of_blocks_may_have_widths_of_their_own_when_compiled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # versions of a function; torch allows eight
+@torch._dynamo.config.patch(recompile_limit=1)  # versions of a function; torch allows eight
+def test_any_number_of_blocks_may_have_widths_of_their_own_when_compiled():
     model = rounding(tiny_baseline, 0.3, num_layers=4)
     model.decoder.layers[2].attention.o_proj.depth.data[:] = 0
     model.decoder.layers[3].ffn.down_proj.depth.data[:] = 0
