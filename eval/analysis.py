@@ -541,19 +541,27 @@ def open_checkpoints(dlcms: Sequence[Path], baseline: Path | None) -> list[Opene
     return opened
 
 
+def text_for(opened: Sequence[Opened], files: Sequence[str], max_tokens: int | None) -> Text:
+    """Files, or the validation split of the first checkpoint's data, in its windows; warns of others trained on it.
+
+    Raises:
+        EvaluationError, DataError: see `text_of_files` and `validation_text`.
+    """
+    first = opened[0]
+    if files:
+        return text_of_files(files, first.tokenizer, first.run.data.sequence_length, max_tokens)
+    for one in opened[1:]:
+        if one.state.data_fingerprint != first.state.data_fingerprint:
+            print(f"warning: {one.name} was trained on other data, which may include this text", file=sys.stderr)
+    return validation_text(first.run, first.state, max_tokens)
+
+
 @report_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     opened = open_checkpoints(options.checkpoints, options.baseline)
     first = opened[0]
-    if options.text:
-        text = text_of_files(options.text, first.tokenizer, first.run.data.sequence_length, options.max_tokens)
-    else:
-        text = validation_text(first.run, first.state, options.max_tokens)
-        for one in opened[1:]:
-            if one.state.data_fingerprint != first.state.data_fingerprint:
-                print(f"warning: {one.name} was trained on other data, which may include this text", file=sys.stderr)
-
+    text = text_for(opened, options.text, options.max_tokens)
     found = [measure(load_checkpoint(one.directory), text) for one in opened]
     baseline_T, baseline = None, None
     if options.baseline:

@@ -204,13 +204,14 @@ def read_cut_off(directory: Path, results: Iterable[Result]) -> list[CutOff]:
     curves = {(result.setting, result.seed): dict(result.curve) for result in results if result.model == BASELINE}
     found = []
     for kind in KINDS:
+        lists = (directory / kind).glob(f"*/{RESULTS}")
+        finished = {path.parent / line["name"] for path in lists for line in read_lines(path)}
         for path in sorted((directory / kind).glob("*/*.yaml")):
-            sweep, name, metrics = path.parent, path.stem, path.with_suffix("")
-            match = re.match(r"(.+?)-(\d+)(?:_|$)", name)
-            finished = {line["name"] for line in read_lines(sweep / RESULTS)} if (sweep / RESULTS).exists() else set()
-            if match is None or name in finished or not metrics.is_dir():
+            run_dir = path.with_suffix("")
+            match = re.match(r"(.+?)-(\d+)(?:_|$)", path.stem)
+            if match is None or run_dir in finished or not run_dir.is_dir():
                 continue
-            validations = [line for line in read_metrics(metrics) if line["kind"] == "validation"]
+            validations = [line for line in read_metrics(run_dir) if line["kind"] == "validation"]
             if not validations or validations[-1]["bpb"] is None:
                 continue
             run, last = load_run_config(path, resolved=True), validations[-1]

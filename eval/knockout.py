@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dlcm import DLCMForCausalLM
-from eval.analysis import Text, mean, measure, open_checkpoints, over_documents, text_of_files, validation_text
+from eval.analysis import Text, mean, measure, open_checkpoints, over_documents, text_for
 from eval.bench import Row, markdown_table, record, record_lines, write_json
 from eval.loading import LoadedCheckpoint, load_checkpoint, report_errors
 from eval.uncertainty import paired_difference
@@ -164,11 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="directory (default: beside the first checkpoint)")
     options = parser.parse_args(arguments)
     opened = open_checkpoints(options.checkpoints, None)
-    first = opened[0]
-    if options.text:
-        text = text_of_files(options.text, first.tokenizer, first.run.data.sequence_length, options.max_tokens)
-    else:
-        text = validation_text(first.run, first.state, options.max_tokens)
+    text = text_for(opened, options.text, options.max_tokens)
     rows, scales = [], []
     for one in opened:
         loaded = load_checkpoint(one.directory)
