@@ -25,7 +25,7 @@ ParserScope = Literal["global", "sequence"]
 AttentionBackend = Literal["auto", "flash_attn", "flash_attn_4", "torch_varlen", "sdpa"]
 CrossAttentionBackend = Literal["auto", "ragged", "replicated", "masked"]
 SlotWeighting = Literal["replication", "uniform"]
-Injection = Literal["off", "first", "every"]
+Injection = Literal["off", "first", "every", "closing"]
 Pooling = Literal["mean", "last"]
 Quantiser = Literal["none", "bits", "ternary"]
 
@@ -233,12 +233,15 @@ class DLCMConfig(TokenBlocksConfig):
     pooling: Pooling = "mean"  # of a segment's states (Eq. 7); "last" is the state of its last token, see concepts.py
     visibility: Visibility = "closed"  # which concepts a token sees, see ConceptLayout
     smoothing: Smoothing = "adjacent"  # of each concept with the one before, see concepts.py
+    cross_attention: bool = True  # False: what is injected is all that the decoder gets of concepts
     cross_attention_every: int | None = None  # decoder layers, from the first on; None: once, before them all
     cross_attention_rope: bool = True  # queries by token position, keys by their concept's last token
     cross_attention_backend: CrossAttentionBackend = "auto"  # see cross_attention.py
     slot_weighting: SlotWeighting = "replication"  # a concept counts once per token (Eq. 17), or "uniform" (Eq. 14)
 
-    injection: Injection = "off"  # of the newest visible concept before the first or every decoder layer
+    # Of the newest visible concept before the first or every decoder layer, or of each concept where it comes to be
+    # seen, and nowhere else; see injection.py.
+    injection: Injection = "off"
     # A norm at the encoder's end and a projection beside the skip connection to the decoder; this one and what
     # cross-attention adds begin at zero, so that the model begins as its encoder and decoder alone.
     clean_start: bool = False
@@ -258,12 +261,16 @@ class DLCMConfig(TokenBlocksConfig):
 
     @property
     def num_cross_attentions(self) -> int:
-        """One before the decoder, or one before every so many of its layers, from the first on."""
+        """None, one before the decoder, or one before every so many of its layers, from the first on."""
+        if not self.cross_attention:
+            return 0
         return 1 if self.cross_attention_every is None else -(-self.decoder_layers // self.cross_attention_every)
 
     def sublayer(self, name: str) -> Sublayer:
         later = re.fullmatch(r"later_cross_attention\.(0|[1-9]\d{0,8})", name, re.ASCII)
-        if name == "cross_attention" or (later is not None and int(later[1]) < self.num_cross_attentions - 1):
+        if (name == "cross_attention" and self.cross_attention) or (
+            later is not None and int(later[1]) < self.num_cross_attentions - 1
+        ):
             width, heads, kv_heads, _ = self._widths(name)
             return Sublayer((width // heads,) * kv_heads, heads // kv_heads, may_go=False)
         return super().sublayer(name)
@@ -295,6 +302,10 @@ class DLCMConfig(TokenBlocksConfig):
         self._check_groups("concept", self.d_concept, self.concept_heads, self.concept_kv_heads, self.concept_ffn)
         if not (math.isfinite(self.target_ratio) and self.target_ratio >= 1):
             raise ValueError(f"target_ratio={self.target_ratio} must be at least 1 token per concept")
+        if not self.cross_attention and (self.injection == "off" or self.cross_attention_every is not None):
+            raise ValueError(
+                "cross_attention=false needs an injection, or nothing reads concepts, and cross_attention_every=null"
+            )
         if self.cross_attention_every is not None and not 1 <= self.cross_attention_every <= self.decoder_layers:
             raise ValueError(
                 f"cross_attention_every={self.cross_attention_every} must lie between 1 and "

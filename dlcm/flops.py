@@ -98,7 +98,9 @@ def _counts_at_the_start(config: Config) -> dict[str, int]:
 
 def _options(config: DLCMConfig, skip: float, injection: float) -> dict[str, Any]:
     """Costs of stages that few models have: the others do not list them."""
-    return ({"skip": skip} if config.clean_start else {}) | ({"injection": injection} if injections(config) else {})
+    return ({"skip": skip} if config.clean_start else {}) | (
+        {"injection": injection} if config.injection != "off" else {}
+    )
 
 
 def _block_parameters(shape: BlockShape) -> int:
@@ -118,7 +120,8 @@ def rounded_weights(config: Config) -> dict[str, int]:
     weights = {stage: layers * _block_products(_shape_of(config, stage)) for stage, layers in config.layers().items()}
     if isinstance(config, DLCMConfig):
         cross = 2 * config.d_token**2 + 2 * config.d_concept * token_block_shape(config).kv_width
-        weights["cross_attention"] = cross
+        if config.cross_attention:
+            weights["cross_attention"] = cross
         if config.num_cross_attentions > 1:
             weights["later_cross_attention"] = (config.num_cross_attentions - 1) * cross
     return weights
@@ -336,7 +339,7 @@ def training_memory(
         later_by_token = FULL * config.d_token + HALF * (4 + config.clean_start) * config.d_token
         later_by_concept = HALF * (config.d_concept + 3 * token.kv_width)
         between = 10 * FULL * config.d_token * tokens
-        between += (config.num_cross_attentions - 1) * (tokens * later_by_token + concepts * later_by_concept)
+        between += max(config.num_cross_attentions - 1, 0) * (tokens * later_by_token + concepts * later_by_concept)
     whole = [rows * _block_activation_bytes(shape) for shape, _, rows in stacks]
     if recompute:
         kept = sum(layers * rows * FULL * shape.width for shape, layers, rows in stacks) + max(whole)

@@ -353,6 +353,12 @@ class ConceptLayout:
         return None
 
     @property
+    def closing_T(self) -> Tensor:
+        """Which tokens are the first to see a concept, (T,) bool (see `closing`)."""
+        null_T = self.cu_slots_D1[self.tokens.document_T]
+        return self.slot_T != torch.where(self.tokens.is_first_T, null_T, self.tokens.previous(self.slot_T))
+
+    @property
     def real_length_M(self) -> Tensor:
         """Tokens in each concept that is not padding."""
         return self.length_M[: self.num_concepts]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from dlcm.blocks import LayerPast, TransformerStack, concept_block_shape, token_block_shape
+from dlcm.blocks import LayerPast, Rope, TransformerStack, concept_block_shape, token_block_shape
 from dlcm.boundary import DETECTORS, Boundaries, LearnedDetector
 from dlcm.cache import Appending, ConceptCache, Stepping
 from dlcm.causal_lm import PackedCausalLM
@@ -119,7 +119,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         self.backbone = TransformerStack(concept_block_shape(config), config.backbone_layers)
         self.backbone_norm = nn.RMSNorm(config.d_concept, config.rms_norm_eps)
         self.smoothing = SMOOTHERS[config.smoothing](config)
-        self.cross_attention = CrossAttention(config)
+        self.cross_attention = CrossAttention(config) if config.cross_attention else None
         self.later_cross_attention = nn.ModuleList(
             CrossAttention(config) for _ in range(1, config.num_cross_attentions)
         )
@@ -239,6 +239,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             injected_ME = self.injection(z_MC)
             injected_SE = injected_ME.new_zeros(layout.num_slots, injected_ME.shape[1])
             newest_TE = injected_SE.index_copy(0, layout.slot_M, injected_ME).index_select(0, layout.slot_T)
+            newest_TE = self.injection.seen_by(newest_TE, layout.closing_T)
 
         def attend(number: int, x_TE: Tensor) -> Tensor:
             return self.cross_attentions[number](x_TE, z_MC, layout)
@@ -248,7 +249,11 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
     @property
     def cross_attentions(self) -> list[CrossAttention]:
         """All of them, in the order of the decoder's layers."""
-        return [self.cross_attention, *self.later_cross_attention]
+        return [] if self.cross_attention is None else [self.cross_attention, *self.later_cross_attention]
+
+    def slot_rope(self, position: Tensor) -> Rope | None:
+        """Of cross-attention, at these positions; None where there is none, or none is wanted."""
+        return None if self.cross_attention is None else self.cross_attention.rope(position)
 
     def through_decoder(
         self,
@@ -258,7 +263,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         newest_TE: Tensor | None,
         past: Sequence[LayerPast] | None = None,
     ) -> Tensor:
-        """Cross-attention, once before the decoder or again between its layers, and the decoder; (T, E) to (T, E).
+        """Cross-attention, where there is any, and the decoder; (T, E) to (T, E).
 
         Args:
             h_TE: what goes on from the encoder.
@@ -276,7 +281,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
                 x_TE = self.injection.enter(newest_TE, layer, x_TE)
             return x_TE
 
-        return self.decoder(attend(0, h_TE), tokens, past, enter)
+        return self.decoder(h_TE if self.cross_attention is None else attend(0, h_TE), tokens, past, enter)
 
     def smooth(self, z_MC: Tensor, concepts: PackedLayout, past_DC: Tensor | None = None) -> Tensor:
         """What cross-attention reads: concepts of the backbone, normed, then blended with their predecessors."""
@@ -287,7 +292,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
     def start(self, cache: ConceptCache) -> None:
         """Slot 0 of every row is "no concept yet"."""
-        rope = self.cross_attention.rope(torch.zeros(1, dtype=torch.long, device=cache.length_B.device))
+        rope = self.slot_rope(torch.zeros(1, dtype=torch.long, device=cache.length_B.device))
         for number, cross in enumerate(self.cross_attentions):
             k_1KN, v_1KN = cross.keys_and_values(cross.null_slot[None], rope)
             cache.slots["cross_keys"][number][:, 0], cache.slots["cross_values"][number][:, 0] = k_1KN, v_1KN
@@ -312,14 +317,17 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
         slot_T = past_D[tokens.document_T] + segments.closed_T
         seen, slot_S = cache.slots_seen(new, slot_T)
-        rope = self.cross_attention.rope(tokens.position_T)
+        rope = self.slot_rope(tokens.position_T)
 
         def attend(number: int, x_TE: Tensor) -> Tensor:
             cross = self.cross_attentions[number]
             k_SKN, v_SKN = (cache.slots[name][number][slot_S] for name in ("cross_keys", "cross_values"))
             return cross.after_attention(x_TE, cross.attend(cross.queries(x_TE, rope), k_SKN, v_SKN, seen))
 
-        newest_TE = None if self.injection is None else cache.slots["injected"][0][new.row_T, slot_T]
+        newest_TE = None
+        if self.injection is not None:
+            first_T = closing(decided.boundary_T, tokens, self.config.visibility)
+            newest_TE = self.injection.seen_by(cache.slots["injected"][0][new.row_T, slot_T], first_T)
         h_TE = self.through_decoder(h_TE, tokens, attend, newest_TE, cache.stack("decoder", cache.tokens, where))
         return self.decoder_norm(h_TE), decided
 
@@ -406,7 +414,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         z_MC = self.backbone(self.pooling.project(pooled_ME), concepts, cache.stack("backbone", cache.concepts, where))
         where.write(cache.concepts["reasoned"][0], z_MC)
         smooth_MC = self.smooth(z_MC, concepts, past_DC)
-        rope = self.cross_attention.rope(end_M)
+        rope = self.slot_rope(end_M)
         for number, cross in enumerate(self.cross_attentions):
             k_MKN, v_MKN = cross.keys_and_values(smooth_MC, rope)
             where.write(cache.slots["cross_keys"][number], k_MKN, shift=1)
@@ -420,13 +428,15 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         active_B = read.active_B
         where = Stepping.of(cache.length_B, active_B, cache.tokens)
         cache.count_newest(active_B)
-        rope = self.cross_attention.rope(where.layout.position_T)
+        rope = self.slot_rope(where.layout.position_T)
 
         def attend(number: int, x_BE: Tensor) -> Tensor:
             cross = self.cross_attentions[number]
             return cross.after_attention(x_BE, cache.read_slots(number, cross.queries(x_BE, rope), active_B))
 
-        newest_BE = None if self.injection is None else cache.newest_injected()
+        newest_BE = None
+        if self.injection is not None:
+            newest_BE = self.injection.seen_by(cache.newest_injected(), read.closing_B)
         past = cache.stack("decoder", cache.tokens, where)
         h_BE = self.through_decoder(read.h_BE, where.layout, attend, newest_BE, past)
         cache.length_B += active_B

@@ -113,7 +113,7 @@ def scale_row(name: str, loaded: LoadedCheckpoint, text: Text) -> Row:
     for cross in model.cross_attentions:
         hooks.append((cross, lambda _, inputs, output: see("cross_attention", output - inputs[0])))
     if model.injection is not None:
-        gate_LE = model.injection.gate
+        gate_LE = 1.0 if model.injection.gate is None else model.injection.gate
         hooks.append(
             (model.injection, lambda _, inputs, output: see("injection", output[:, None] * gate_LE))  # layer by layer
         )

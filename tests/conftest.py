@@ -128,7 +128,8 @@ CHOICES: dict[str, Sequence[Any]] = {
     "smoothing": ("adjacent", "none"),
     "cross_attention_rope": (True, False),
     "slot_weighting": ("replication", "uniform"),
-    "injection": ("off", "first", "every"),
+    "injection": ("off", "first", "every", "closing"),
+    "cross_attention": (True, True, False),
     "clean_start": (False, True),
     "qk_norm": (False, True),
     "decoder_layers": (1, 2),
@@ -138,9 +139,13 @@ CHOICES: dict[str, Sequence[Any]] = {
 
 
 def random_options(seed: int) -> dict[str, Any]:
-    """One of all combinations of `CHOICES`."""
+    """One of all combinations of `CHOICES` that are possible."""
     generator = random.Random(seed)
-    return {name: generator.choice(values) for name, values in CHOICES.items()}
+    options = {name: generator.choice(values) for name, values in CHOICES.items()}
+    if not options["cross_attention"]:
+        options["cross_attention_every"] = None
+        options["injection"] = generator.choice(CHOICES["injection"][1:])
+    return options
 
 
 def random_documents(lengths: Sequence[int], seed: int) -> list[Tensor]:

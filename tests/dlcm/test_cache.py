@@ -50,6 +50,7 @@ OPTIONS += [
         {"clean_start": True},
         {"segmenter": "words", "injection": "first", "clean_start": True},
         {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
+        {"pooling": "last", "injection": "closing", "cross_attention": False},
     )
 ]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]

@@ -163,6 +163,11 @@ def test_cross_attention_before_every_so_many_layers_of_those_that_there_are(eve
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("other", [{"injection": "off"}, {"injection": "closing", "cross_attention_every": 1}])
+def test_without_cross_attention_something_else_reads_concepts(other: dict[str, Any]):
+    rejected(tiny_config, "cross_attention=false", "injection", cross_attention=False, **other)
+
+
 @pytest.mark.parametrize("segmenter", ["learned", "rule"])
 def test_one_token_per_concept_is_no_target_of_the_ratio_loss(segmenter: str):
     rejected(tiny_config, "target_ratio=1", "segmenter='fixed'", segmenter, target_ratio=1.0, segmenter=segmenter)

@@ -37,8 +37,9 @@ def test_before_which_layers(injection: str, layers: int):
             model.injection.gate[layer].neg_()
 
 
-def test_tokens_get_the_newest_slot_that_they_see(monkeypatch: pytest.MonkeyPatch):
-    model = tiny_dlcm(1, injection="first", segmenter="fixed", target_ratio=3.0, smoothing="none")
+@pytest.mark.parametrize("injection", ["first", "closing"])
+def test_tokens_get_the_newest_slot_that_they_see(injection: str, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_dlcm(1, injection=injection, segmenter="fixed", target_ratio=3.0, smoothing="none")
     found = []
 
     def catch(h_TE, tokens, attend, newest_TE, past=None):
@@ -56,8 +57,26 @@ def test_tokens_get_the_newest_slot_that_they_see(monkeypatch: pytest.MonkeyPatc
         concepts = model.injection(z_MC)
     # none yet for three tokens of each document, then c0, c1; the second document's concepts are c3 and c4
     none = torch.zeros(16, dtype=torch.float64)
-    expected = [none] * 3 + [concepts[0]] * 3 + [concepts[1]] + [none] * 3 + [concepts[3]] * 2
+    later = 1 if injection == "first" else 0  # whether tokens get it that are not the first to see it
+    expected = [none] * 3 + [concepts[0]] + [later * concepts[0]] * 2 + [concepts[1]]
+    expected += [none] * 3 + [concepts[3], later * concepts[3]]
     torch.testing.assert_close(found[0], torch.stack(expected))
+
+
+def test_concepts_of_one_token_added_where_they_close_make_a_transformer_of_all_layers():
+    """No interface is left: each token passes through the encoder, a stack of layers beside it, and the decoder."""
+    model = tiny_dlcm(
+        1, injection="closing", cross_attention=False, segmenter="fixed", target_ratio=1.0, visibility="inclusive",
+        pooling="last",
+    )  # fmt: skip
+    (document,) = random_documents([12], 1)
+    tokens = PackedLayout.from_cu_seqlens(torch.tensor([0, 12]), 12)
+    with torch.no_grad():
+        h_TE = model.encoder(model.embed_tokens(document), tokens)
+        z_TC = model.smooth(model.backbone(model.pooling.project(h_TE), tokens), tokens)
+        h_TE = model.decoder(h_TE + model.injection.up_proj(z_TC), tokens)
+        expected = model.lm_head(model.decoder_norm(h_TE)) / model.config.token_width_multiplier
+    torch.testing.assert_close(logits(model, document[None])[0], expected)
 
 
 def at_the_start(**options):

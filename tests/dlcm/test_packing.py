@@ -32,6 +32,7 @@ OPTIONS = [
     )
 ]
 OPTIONS += [{"visibility": "closed", "injection": "every"}]
+OPTIONS += [{"visibility": "inclusive", "injection": "closing", "cross_attention": False}]
 OPTIONS += [{"visibility": "closed", "pooling": "last", "cross_attention_every": 1, "decoder_layers": 2}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 
