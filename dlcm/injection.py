@@ -3,11 +3,11 @@
 Not in the paper. Cross-attention has to find the newest concept among all; here it is simply there.
 
     first, every    to all tokens that see it as their newest, as a normed projection, before the first decoder layer or
-                    before each. A gate for each channel of each layer begins at zero: the model begins as the one without
+                    before each. A gate for each channel of each layer begins at zero: the model begins as one without
     closing         to the one token where it comes to be seen, before the first decoder layer, as any layer adds to a
                     residual stream; decoder attention takes it to later tokens. Under `inclusive` visibility with
-                    `last` states this is the global block of SpaceByte (arXiv 2404.14408): where a segment ends, a token
-                    passes through all layers, elsewhere through those of encoder and decoder
+                    `last` states this is the global block of SpaceByte (arXiv 2404.14408): where a segment ends, a
+                    token passes through all layers, elsewhere through those of encoder and decoder
 """
 
 import torch
