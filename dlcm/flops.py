@@ -4,8 +4,8 @@ Conventions, stated once:
 
 - 2 FLOPs per multiply-add; matrix products alone. Norms, RoPE, softmax, SwiGLU's elementwise part, embedding look-ups,
   pooling, the D null slots and the optimiser are left out.
-- Causal attention over a document of L tokens is counted at half of its L x L products, in training and prefill. A
-  decoded token reads all that is before it.
+- Causal attention over a document of L tokens is counted at half of its L x L products, in training and prefill; with
+  a window of w < L tokens, at w L - w^2 / 2 of them. A decoded token reads all that is before it, or its window.
 - A backward pass costs two forwards.
 - What happens once per concept is charged 1 / R per token, R being the *realised* tokens per concept where it is known,
   else the configuration's target.
@@ -14,8 +14,8 @@ Conventions, stated once:
 - Counted is what the function needs, not what an implementation spends on it: a token reads each concept that it may
   see once, whatever runs it. `replicated` and `recompute` say what those implementations spend.
 
-Lengths: attention alone depends on L, and linearly. So documents of several lengths cost what documents of one do, the
-mean weighted by tokens (`weighted_length`).
+Lengths: attention alone depends on L, and, without a window, linearly. So documents of several lengths cost what
+documents of one do, the mean weighted by tokens (`weighted_length`).
 
 Legend: W a stage's width, F its SwiGLU width, KV its key-value width, E = d_token, C = d_concept, L tokens of a
 document, R tokens per concept.
@@ -30,6 +30,7 @@ from dlcm.config import DLCMConfig, LlamaBaselineConfig
 from dlcm.injection import injections
 
 Config = DLCMConfig | LlamaBaselineConfig
+Keys = Callable[[int | None], float]  # makes of a window how many keys a token reads on average; None: of no window
 FORWARDS_PER_STEP = 3
 STACKS = ("encoder", "backbone", "decoder")  # of blocks
 TABLES = ("embedding", "head")  # stages that N, the size of a model, leaves out
@@ -176,8 +177,8 @@ def _removed_parameters(config: Config, name: str) -> int:
     return norms + int(_removed(config, name, lambda rows, columns: rows * columns + 2 * config.groups(rows, columns)))
 
 
-def _removed_flops(config: Config, name: str, keys: float, ratio: float) -> float:
-    """Of one token that reads `keys` others at token level."""
+def _removed_flops(config: Config, name: str, keys: Keys, ratio: float) -> float:
+    """Of one token."""
     if _stage(name) == "cross_attention":
         assert isinstance(config, DLCMConfig) and config.channels_left is not None
         begins, left = config.sublayer(name), sum(config.channels_left[name])
@@ -185,7 +186,8 @@ def _removed_flops(config: Config, name: str, keys: float, ratio: float) -> floa
     rows, shape = 1 / ratio if _stage(name) == "backbone" else 1.0, _shape_of(config, name)
     flops = 2 * _removed(config, name, lambda height, width: height * width)
     if name.endswith("attention") and _gone(config, name):
-        flops += _attention_flops(shape.width, keys * rows)
+        window = config.windows(_stage(name))[int(name.split(".")[2])]
+        flops += _attention_flops(shape.width, keys(window) * rows)
     return flops * rows
 
 
@@ -203,7 +205,7 @@ def forward_flops(
         tokens_per_concept: R; None takes the configuration's target. A model without concepts ignores it.
         replicated: count cross-attention as concept replication runs it (Eq. 17): over L keys instead of L / R.
     """
-    return _flops(config, sequence_length / 2, tokens_per_concept, heads_per_token=1, replicated=replicated)
+    return _flops(config, _document(sequence_length), tokens_per_concept, heads_per_token=1, replicated=replicated)
 
 
 def training_flops(
@@ -222,19 +224,29 @@ def training_flops(
 
 def prefill_flops(config: Config, prompt: int, tokens_per_concept: float | None = None) -> ByStage:
     """FLOPs of a whole prompt of so many tokens: a forward pass with the head at the last token alone."""
-    per_token = _flops(config, prompt / 2, tokens_per_concept, heads_per_token=1 / prompt)
+    per_token = _flops(config, _document(prompt), tokens_per_concept, heads_per_token=1 / prompt)
     return ByStage({stage: prompt * flops for stage, flops in per_token.stages.items()})
 
 
 def decode_flops(config: Config, context: int, tokens_per_concept: float | None = None) -> ByStage:
     """FLOPs of one more token after `context` others, with a cache; the backbone's are spread over R tokens."""
-    return _flops(config, context, tokens_per_concept, heads_per_token=1)
+    return _flops(config, _past(context), tokens_per_concept, heads_per_token=1)
+
+
+def _document(length: float) -> Keys:
+    """What the tokens of a document read, on average."""
+    return lambda window: length / 2 if window is None or window >= length else window - window**2 / (2 * length)
+
+
+def _past(context: float) -> Keys:
+    """What a token behind so many others reads."""
+    return lambda window: context if window is None else min(context, window)
 
 
 def _flops(
-    config: Config, keys: float, tokens_per_concept: float | None, heads_per_token: float, replicated: bool = False
+    config: Config, keys: Keys, tokens_per_concept: float | None, heads_per_token: float, replicated: bool = False
 ) -> ByStage:
-    """Of one token that reads `keys` others at token level, on average."""
+    """Of one token."""
     stages = _flops_at_the_start(config, keys, tokens_per_concept, heads_per_token, replicated)
     ratio = _ratio(config, tokens_per_concept) if isinstance(config, DLCMConfig) else 1.0
     for name in config.channels_left or {}:
@@ -243,19 +255,19 @@ def _flops(
 
 
 def _flops_at_the_start(
-    config: Config, keys: float, tokens_per_concept: float | None, heads_per_token: float, replicated: bool
+    config: Config, keys: Keys, tokens_per_concept: float | None, heads_per_token: float, replicated: bool
 ) -> dict[str, float]:
     token = token_block_shape(config)
     head = 2 * config.d_token * config.vocab_size * heads_per_token
     if isinstance(config, LlamaBaselineConfig):
-        return {"decoder": config.num_layers * _block_flops(token, keys), "head": head}
+        return {"decoder": _stack_flops(token, config.windows("decoder"), keys), "head": head}
     ratio = _ratio(config, tokens_per_concept)
-    cross_keys = keys if replicated else keys / ratio
+    cross_keys = keys(None) if replicated else keys(None) / ratio
     return {
-        "encoder": config.encoder_layers * _block_flops(token, keys),
+        "encoder": _stack_flops(token, config.windows("encoder"), keys),
         "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
         "pooling": 2 * config.d_token * config.d_concept / ratio,
-        "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys / ratio) / ratio,
+        "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys(None) / ratio) / ratio,
         "cross_attention": config.num_cross_attentions
         * (
             2 * 2 * config.d_token**2
@@ -263,9 +275,13 @@ def _flops_at_the_start(
             + _attention_flops(config.d_token, cross_keys)
         ),
         **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
-        "decoder": config.decoder_layers * _block_flops(token, keys),
+        "decoder": _stack_flops(token, config.windows("decoder"), keys),
         "head": head,
     }
+
+
+def _stack_flops(shape: BlockShape, windows: Iterable[int | None], keys: Keys) -> float:
+    return sum(_block_flops(shape, keys(window)) for window in windows)
 
 
 def _block_flops(shape: BlockShape, keys: float) -> float:
@@ -365,7 +381,7 @@ def _block_activation_bytes(shape: BlockShape) -> float:
 
 
 def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = None, *, number: int = HALF) -> ByStage:
-    """Bytes of keys and values that decoding keeps per token of context.
+    """Bytes of keys and values that decoding keeps per token of context, be it within a window or not.
 
     Args:
         config: of either model.
@@ -413,4 +429,8 @@ def decode_bytes(
         for stage in {"pooling", "backbone", "injection"} & weights.keys():
             weights[stage] *= closing
         cache["backbone"] /= ratio  # which reads its cache once per concept
-    return ByStage({stage: weight / batch + context * cache.get(stage, 0.0) for stage, weight in weights.items()})
+    windows = {stage: config.windows(stage) for stage in config.layers()}
+    seen = {stage: sum(map(_past(context), each)) / len(each) for stage, each in windows.items()}
+    return ByStage(
+        {stage: weight / batch + seen.get(stage, context) * cache.get(stage, 0.0) for stage, weight in weights.items()}
+    )

@@ -110,13 +110,13 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
         super().__init__(config)
         token_shape = token_block_shape(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_token)
-        self.encoder = TransformerStack(token_shape, config.encoder_layers)
+        self.encoder = TransformerStack(token_shape, config.windows("encoder"))
         if config.clean_start:
             self.encoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
             self.skip_proj = nn.Linear(config.d_token, config.d_token, bias=False)
         self.detector = DETECTORS[config.segmenter](config)
         self.pooling = ConceptPooling(config)
-        self.backbone = TransformerStack(concept_block_shape(config), config.backbone_layers)
+        self.backbone = TransformerStack(concept_block_shape(config), config.windows("backbone"))
         self.backbone_norm = nn.RMSNorm(config.d_concept, config.rms_norm_eps)
         self.smoothing = SMOOTHERS[config.smoothing](config)
         self.cross_attention = CrossAttention(config) if config.cross_attention else None
@@ -124,7 +124,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             CrossAttention(config) for _ in range(1, config.num_cross_attentions)
         )
         self.injection = None if config.injection == "off" else Injection(config)
-        self.decoder = TransformerStack(token_shape, config.decoder_layers)
+        self.decoder = TransformerStack(token_shape, config.windows("decoder"))
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
         self.target_ratio = config.target_ratio

@@ -55,7 +55,7 @@ OPTIONS += [
         {"clean_start": True},
         {"segmenter": "words", "injection": "first", "clean_start": True},
         {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
-        {"pooling": "last", "injection": "closing", "cross_attention": False},
+        {"pooling": "last", "injection": "closing", "cross_attention": False, "token_window": 3},
     )
 ]
 
