@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 # Days of a GPU: docs/headline_protocol.md.
 HEADLINE := runs/headline
 CORPUS := runs/corpus
-SWEEPS := first rates-llama rates-dlcm splits ablations norms combined trend seeds
+SWEEPS := first rates-llama rates-dlcm splits ablations norms combined closing trend seeds
 $(CORPUS)/manifest.json: | $(VENV)/installed
 	$(PY) -m train.corpus --output $(CORPUS)
 

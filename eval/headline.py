@@ -12,6 +12,7 @@ and headline.png.
 
 import argparse
 import itertools
+import json
 import math
 import re
 import statistics
@@ -46,9 +47,14 @@ from train.metrics import read_metrics
 from train.sweep import RESULTS, read_lines
 
 KINDS = ("bytes", "bpe")
-BASELINE, PAPER = "llama", "paper"
+PAPER = "paper"
+BASELINES = {
+    False: "llama",
+    True: "llama-qk",
+}  # by whether queries and keys are normed: each model is compared to its like
 # No candidates: a bound that is not matched, another baseline, and what would change the baseline too.
-REFERENCES = ("tokens", "plain", "llama-qk", "late-qk", "warm-qk")
+REFERENCES = (*BASELINES.values(), "tokens", "plain", "llama-window")
+REMOVED = ("unreasoned", "strangers", "mean", "none")  # see eval.knockout
 WIN, PARITY = -0.01, 0.0
 SEEDS, SIZES, BUDGETS, TRAINING_FLOPS = 3, 3, 3, 4e17
 FARTHEST = 1e15  # tokens; a crossover beyond is none
@@ -80,9 +86,13 @@ IDEAS = {
     "thin": "without the clean start, more concept layers of token width",
     "newest": "without the clean start, and the newest concept before every decoder layer",
     "drawn": "learned boundaries at the ratio of words, without the clean start",
-    "llama-qk": "LLaMA, queries and keys normed (no candidate: compare with those below)",
     "late-qk": "`late`, queries and keys normed (against `llama-qk`)",
     "warm-qk": "`warm`, queries and keys normed (against `llama-qk`)",
+    "closing": "no cross-attention: the last token of a segment passes through the backbone (against `llama-qk`)",
+    "closing-wide": "`closing`, fewer concept layers, twice as wide (against `llama-qk`)",
+    "closing-late": "`closing`, most token layers in the decoder (against `llama-qk`)",
+    "window": "`closing`, token layers that see 256 tokens, and two more of them (against `llama-qk`)",
+    "llama-window": "LLaMA, four of five layers see 256 tokens, two more of them (no candidate; against `llama-qk`)",
     "plain": "LLaMA in standard parametrisation, sigma = 0.02 (no candidate)",
 }
 
@@ -101,6 +111,7 @@ class Result:
 
     Attributes:
         model: which of a setting's models.
+        normed: whether its queries and keys are.
         rate: the base learning rate, in a sweep over them; else None.
         loss, bpb: of the last validation; None where it was not finite.
         tokens_per_concept: realised there; None for the baseline.
@@ -114,6 +125,7 @@ class Result:
     setting: Setting
     model: str
     seed: int
+    normed: bool
     rate: float | None
     parameters: int
     loss: float | None
@@ -170,6 +182,7 @@ def read_result(kind: str, sweep: Path, line: Mapping[str, Any]) -> Result:
         setting=Setting(kind, int(match[2]), last["tokens"]),
         model=match[1],
         seed=run.seed,
+        normed=config.qk_norm,
         rate=run.optimizer.lr_token if "rate" in labels else None,
         parameters=sum(parameter_counts(config).values()),
         loss=last["loss"],
@@ -201,7 +214,7 @@ class CutOff(NamedTuple):
 
 def read_cut_off(directory: Path, results: Iterable[Result]) -> list[CutOff]:
     """Of all runs of all sweeps that have validations and no line of results."""
-    curves = {(result.setting, result.seed): dict(result.curve) for result in results if result.model == BASELINE}
+    curves = {(result.setting, result.model, result.seed): dict(result.curve) for result in results}
     found = []
     for kind in KINDS:
         lists = (directory / kind).glob(f"*/{RESULTS}")
@@ -216,9 +229,20 @@ def read_cut_off(directory: Path, results: Iterable[Result]) -> list[CutOff]:
                 continue
             run, last = load_run_config(path, resolved=True), validations[-1]
             planned = Setting(kind, int(match[2]), last["tokens"] // last["step"] * run.schedule.steps)
-            baseline = curves.get((planned, run.seed), {}).get(last["tokens"])
+            like = BASELINES[build_model_config(run).qk_norm]
+            baseline = curves.get((planned, like, run.seed), {}).get(last["tokens"])
             gap = None if baseline is None else last["bpb"] / baseline - 1
             found.append(CutOff(planned, match[1], last["tokens"], last["bpb"], gap))
+    return found
+
+
+def read_knockouts(directory: Path) -> list[dict[str, Any]]:
+    """Of runs beside which eval.knockout wrote: nats a token of the whole model, and how many more without some."""
+    found = []
+    for path in sorted(directory.glob("*/*/*/knockout.json")):
+        losses = {row["knockout"]: row for row in json.loads(path.read_text(encoding="utf-8"))["losses"]}
+        row = {"kind": path.relative_to(directory).parts[0], "model": path.parent.name}
+        found.append(row | {what: loss["loss" if what == "whole" else "difference"] for what, loss in losses.items()})
     return found
 
 
@@ -227,9 +251,10 @@ def read_cut_off(directory: Path, results: Iterable[Result]) -> list[CutOff]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model against the baseline of its setting.
+    """A model against the baseline of its setting that is its like.
 
     Attributes:
+        baseline: its model.
         runs: by seed.
         gaps: (model - baseline) / baseline in bits per byte, of the seeds that both have.
         flops_ratio: forward FLOPs per token over the baseline's, as realised.
@@ -237,6 +262,7 @@ class Comparison:
 
     setting: Setting
     model: str
+    baseline: str
     runs: Mapping[int, Result]
     gaps: tuple[float, ...]
     flops_ratio: float | None
@@ -264,7 +290,7 @@ class Comparison:
 
 
 def compare(results: Iterable[Result]) -> dict[Setting, dict[str, Comparison]]:
-    """Every model of every setting against its baseline, which is among them."""
+    """Every model of every setting against its like among the baselines, where it was run."""
     best: dict[Setting, dict[str, dict[int, Result]]] = {}
     for result in results:
         if result.bpb is None:
@@ -274,20 +300,21 @@ def compare(results: Iterable[Result]) -> dict[Setting, dict[str, Comparison]]:
         if other is None or other.bpb is None or result.bpb < other.bpb:
             runs[result.seed] = result
     return {
-        setting: {
-            model: _against(setting, model, runs, models.get(BASELINE, {})) for model, runs in sorted(models.items())
-        }
+        setting: {model: _against(setting, model, models) for model in sorted(models)}
         for setting, models in sorted(best.items())
     }
 
 
-def _against(setting: Setting, model: str, runs: Mapping[int, Result], baseline: Mapping[int, Result]) -> Comparison:
+def _against(setting: Setting, model: str, models: Mapping[str, Mapping[int, Result]]) -> Comparison:
+    runs = models[model]
+    like = BASELINES[next(iter(runs.values())).normed]
+    baseline = models.get(like, {})
     both = sorted(runs.keys() & baseline.keys())
     gaps = tuple(_value(runs[seed].bpb) / _value(baseline[seed].bpb) - 1 for seed in both)
     ratio = None
     if both:
         ratio = sum(runs[seed].forward for seed in both) / sum(baseline[seed].forward for seed in both)
-    return Comparison(setting, model, runs, gaps, ratio)
+    return Comparison(setting, model, like, runs, gaps, ratio)
 
 
 def _value(number: float | None) -> float:
@@ -308,14 +335,26 @@ def largest_settings(comparisons: Comparisons, kind: str, model: str) -> dict[in
 
 
 def recipe(comparisons: Comparisons, kind: str) -> str | None:
-    """The matched model with the smallest gap at the largest size where there is any; None without one."""
+    """The matched model with the smallest gap at the largest size where there is any; None without one.
+
+    Models that were compared with the weaker of two baselines are out.
+    """
     candidates = []
-    for model in {model for models in comparisons.values() for model in models} - {BASELINE, *REFERENCES}:
-        matched = {s: c for s, c in largest_settings(comparisons, kind, model).items() if c.is_matched}
+    for model in {model for models in comparisons.values() for model in models} - set(REFERENCES):
+        matched = {
+            size: comparison
+            for size, comparison in largest_settings(comparisons, kind, model).items()
+            if comparison.is_matched and comparison.baseline == best_baseline(comparisons[comparison.setting])
+        }
         if matched:
             size = max(matched)
             candidates.append((-size, _value(matched[size].gap), model))
     return min(candidates)[2] if candidates else None
+
+
+def best_baseline(models: Mapping[str, Comparison]) -> str:
+    """Of a setting, the baseline of fewest bits per byte."""
+    return min(BASELINES.values() & models.keys(), key=lambda name: models[name].bpb)
 
 
 class Trend(NamedTuple):
@@ -362,9 +401,9 @@ def flops_saved(comparisons: Comparisons, kind: str, model: str) -> dict[int, tu
     found = {}
     for size, comparison in largest_settings(comparisons, kind, model).items():
         budgets = sorted(
-            (models[BASELINE].flops, models[BASELINE].bpb)
+            (models[comparison.baseline].flops, models[comparison.baseline].bpb)
             for setting, models in comparisons.items()
-            if (setting.kind, setting.size) == (kind, size) and BASELINE in models
+            if (setting.kind, setting.size) == (kind, size) and comparison.baseline in models
         )
         falling = all(bpb > better for (_, bpb), (_, better) in itertools.pairwise(budgets))
         if len(budgets) < 2 or not falling or not comparison.is_matched:
@@ -441,8 +480,10 @@ def _more_tuned(curves: Mapping[tuple[Setting, str], Curve]) -> int | None:
     """The most learning rates that any model was tried at beyond those of its baseline."""
     found = []
     for (setting, model), curve in curves.items():
-        if model != BASELINE:
-            baseline = curves.get((setting, BASELINE), Curve())
+        if model not in BASELINES.values():
+            baseline = max(
+                (curves.get((setting, name), Curve()) for name in BASELINES.values()), key=lambda x: len(x.losses)
+            )
             found.append(len(curve.losses) - len(baseline.losses))
     return max(found, default=None)
 
@@ -496,8 +537,9 @@ def gap_rows(comparisons: Comparisons) -> list[dict[str, Any]]:
                     "loss": statistics.mean(losses),
                     "bpb": comparison.bpb,
                     "bpb_by_seed": [comparison.runs[seed].bpb for seed in sorted(comparison.runs)],
-                    "gap": comparison.gap,
-                    "gap_spread": comparison.spread,
+                    "baseline": comparison.baseline,
+                    "gap": None if model == comparison.baseline else comparison.gap,
+                    "gap_spread": None if model == comparison.baseline else comparison.spread,
                     "flops_ratio": comparison.flops_ratio,
                     "matched": comparison.is_matched,
                     "training_flops": comparison.flops,
@@ -513,7 +555,7 @@ def ledger(comparisons: Comparisons) -> list[tuple[str, ...]]:
     found: dict[tuple[str, str], list[str]] = {}
     for setting, models in comparisons.items():
         for model, comparison in models.items():
-            if model != BASELINE and comparison.gap is not None:
+            if model not in BASELINES.values() and comparison.gap is not None:
                 unmatched = "" if comparison.is_matched else " (not matched)"
                 cell = f"{setting.size}, {_millions(setting.tokens)}: {100 * comparison.gap:+.2f} %{unmatched}"
                 found.setdefault((setting.kind, model), []).append(cell)
@@ -530,7 +572,8 @@ def closed_share(comparisons: Comparisons, kind: str) -> str:
     for size, comparison in largest_settings(comparisons, kind, chosen).items():
         gap = f"{100 * _value(comparison.gap):+.2f} %"
         of_paper = comparisons[comparison.setting].get(PAPER) if size in papers else None
-        if of_paper is None or of_paper.gap is None or of_paper.gap <= 0:
+        same = of_paper is not None and of_paper.baseline == comparison.baseline
+        if of_paper is None or not same or of_paper.gap is None or of_paper.gap <= 0:
             sentences.append(f"{gap} at d = {size}")
         else:
             share = 1 - _value(comparison.gap) / of_paper.gap
@@ -552,7 +595,8 @@ def plot(path: Path, comparisons: Comparisons) -> None:
     for row, kind in zip(grid, KINDS, strict=True):
         chosen = recipe(comparisons, kind)
         settings = [] if chosen is None else [c.setting for c in largest_settings(comparisons, kind, chosen).values()]
-        for colour, model in zip(PALETTE, dict.fromkeys((BASELINE, PAPER, chosen)), strict=False):
+        drawn = dict.fromkeys((*BASELINES.values(), PAPER, chosen))
+        for colour, model in zip(PALETTE, drawn, strict=False):
             for style, setting in zip(("-", "--", ":", "-."), settings, strict=False):
                 comparison = comparisons[setting].get(str(model))
                 if comparison is None:
@@ -573,16 +617,25 @@ def plot(path: Path, comparisons: Comparisons) -> None:
     figure.savefig(path)
 
 
-def page(recorded: Mapping[str, Any], results: Sequence[Result], cut_off: Sequence[CutOff]) -> str:
+def page(
+    recorded: Mapping[str, Any],
+    results: Sequence[Result],
+    cut_off: Sequence[CutOff],
+    knockouts: Sequence[Mapping[str, Any]],
+) -> str:
     """The results in markdown."""
+    worth = [
+        (f"{row['kind']}, {row['model']}", f"{row['whole']:.4f}", *(f"{row[what]:+.4f}" for what in REMOVED))
+        for row in knockouts
+    ]
     comparisons, curves = compare(results), rate_curves(results)
     gaps = [
         (
             f"{row['kind']}, {row['size']}, {_millions(row['tokens'])}, {row['model']}",
             f"{row['bpb']:.4f}",
             f"{row['loss']:.4f}",
-            None if row["gap"] is None or row["model"] == BASELINE else f"{100 * row['gap']:+.2f} %",
-            None if row["gap_spread"] is None or row["model"] == BASELINE else f"{100 * row['gap_spread']:.2f} %",
+            None if row["gap"] is None else f"{100 * row['gap']:+.2f} %",
+            None if row["gap_spread"] is None else f"{100 * row['gap_spread']:.2f} %",
             len(row["seeds"]),
             None
             if row["flops_ratio"] is None
@@ -647,8 +700,9 @@ def page(recorded: Mapping[str, Any], results: Sequence[Result], cut_off: Sequen
 {bars_table(must_show(results))}
 
 {" ".join(closed_share(comparisons, kind) for kind in KINDS)} A gap is (model - LLaMA) / LLaMA in bits per byte of
-held-out text, below zero where the model is better. The [protocol](../headline_protocol.md) was written before the
-runs. Bars that were not measured do not hold. Seconds are of runs that may have shared a GPU.
+held-out text, below zero where the model is better. The LLaMA is the one that norms queries and keys where the model
+does; a model that was compared with the weaker of the two is no candidate. The [protocol](../headline_protocol.md) was
+written before the runs. Bars that were not measured do not hold. Seconds are of runs that may have shared a GPU.
 
 ![bits per byte against tokens, FLOPs and time](headline.png)
 
@@ -663,6 +717,14 @@ FLOPs are forward, per token, over LLaMA's, at the tokens per concept (R) of the
 {markdown_table(("planned", "at", "bits per byte", "gap there"), broken)}
 
 They count for nothing above. The gap is to the baseline of the same schedule at the same tokens, before the decay.
+
+## What concepts are worth
+
+{markdown_table(("model", "nats per token", *REMOVED), worth)}
+
+Nats that a trained model loses without them: `unreasoned`, concepts as pooled; `strangers`, those of other places;
+`mean`, one concept for all; `none`, nothing read (`eval.knockout`). Where `strangers` and `mean` cost nothing, tokens
+read the same whatever the concepts say: the model has learned a constant.
 
 ## Learning rates
 
@@ -693,7 +755,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="of the code, where it does not run in its git checkout")
     options = parser.parse_args(arguments)
     results, recorded = read_results(options.runs), record(options.commit)
-    cut_off = read_cut_off(options.runs, results)
+    cut_off, knockouts = read_cut_off(options.runs, results), read_knockouts(options.runs)
     bars, comparisons = must_show(results), compare(results)
     chosen = {kind: recipe(comparisons, kind) for kind in KINDS}
     write_json(
@@ -707,6 +769,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for (setting, model), curve in rate_curves(results).items()
         ],
         cut_off=[broken._asdict() | {"planned": broken.planned._asdict()} for broken in cut_off],
+        knockouts=knockouts,
         trends=[t._asdict() for kind, model in chosen.items() if model for t in trends(comparisons, kind, model)],
         flops_saved={
             kind: {str(size): saved for size, saved in flops_saved(comparisons, kind, model).items()}
@@ -719,7 +782,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for result in results
         ],
     )
-    (options.output / "headline.md").write_text(page(recorded, results, cut_off), encoding="utf-8")
+    (options.output / "headline.md").write_text(page(recorded, results, cut_off, knockouts), encoding="utf-8")
     plot(options.output / "headline.png", comparisons)
     print(bars_table(bars))
 

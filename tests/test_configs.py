@@ -94,7 +94,18 @@ def forward_flops_of(run):
 
 def test_headline_sweeps_run_what_they_say():
     sweeps = {f"{path.parent.name}-{path.stem}": load_sweep(path)[1] for path in HEADLINE_SWEEPS}
-    names = ("ablations", "combined", "first", "norms", "rates-dlcm", "rates-llama", "seeds", "splits", "trend")
+    names = (
+        "ablations",
+        "closing",
+        "combined",
+        "first",
+        "norms",
+        "rates-dlcm",
+        "rates-llama",
+        "seeds",
+        "splits",
+        "trend",
+    )
     assert set(sweeps) == {f"{kind}-{name}" for kind in ("bytes", "bpe") for name in names}
     for kind in ("bytes", "bpe"):
         ours, theirs = sweeps[f"{kind}-rates-dlcm"], sweeps[f"{kind}-rates-llama"]
@@ -108,8 +119,9 @@ def test_headline_sweeps_run_what_they_say():
         assert tokens == pytest.approx({"t50": 50e6, "t200": 200e6, "t800": 800e6}, rel=0.01)
         for run in sweeps[f"{kind}-trend"]:
             assert run.run.schedule.steps % run.run.evaluation.every == 0
+        added = [run for name in ("splits", "norms", "combined", "closing") for run in sweeps[f"{kind}-{name}"]]
         baseline = forward_flops_of(sweeps[f"{kind}-first"][0].run)
-        for run in sweeps[f"{kind}-splits"] + sweeps[f"{kind}-norms"] + sweeps[f"{kind}-combined"]:
+        for run in added:
             assert forward_flops_of(run.run) / baseline == pytest.approx(1, abs=TOLERANCE), run.name
     first = sweeps["bytes-first"] + sweeps["bpe-first"]
     assert len(first) == 9 and all(run.tokens == pytest.approx(50e6, rel=0.01) for run in first)

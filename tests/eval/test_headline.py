@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from eval.headline import (
+    BASELINES,
     IDEAS,
+    REMOVED,
     Result,
     Setting,
     closed_share,
@@ -22,6 +24,7 @@ from eval.headline import (
     must_show,
     rate_curves,
     read_cut_off,
+    read_knockouts,
     read_results,
     recipe,
     trends,
@@ -111,6 +114,33 @@ def test_gaps_are_what_they_were_made_of(whole: list[Result]):
     assert paper.spread is None and len(paper.gaps) == 1
     tokens = comparisons[Setting("bpe", 256, 50331648)]["tokens"]
     assert not tokens.is_matched and tokens.flops_ratio == pytest.approx(0.66, abs=0.01)
+
+
+def test_models_are_compared_with_their_like_and_those_of_the_weaker_baseline_are_no_candidates(whole: list[Result]):
+    """Norms take 5 % off both sides: `paper`, closer to the weaker baseline than `late-qk` to the other, is out."""
+    setting = Setting("bpe", 256, 50331648)
+    own = {result.model: result for result in whole if result.setting == setting and result.rate is None}
+    paper, late = replace(own["paper"], bpb=1.01 * own["llama"].bpb), own["late"]
+    normed = [
+        replace(own["llama"], model="llama-qk", normed=True, bpb=0.95 * own["llama"].bpb),
+        replace(late, model="late-qk", normed=True, bpb=0.95 * late.bpb),
+    ]
+    without, found = compare([own["llama"], paper, late]), compare([own["llama"], paper, late, *normed])
+    assert recipe(without, "bpe") == "paper" and recipe(found, "bpe") == "late-qk"
+    models = found[setting]
+    assert models["late-qk"].baseline == "llama-qk" and models["paper"].baseline == "llama"
+    assert models["late-qk"].gap == pytest.approx(models["late"].gap) == pytest.approx(0.02)
+
+
+def test_knockouts_lie_beside_their_runs(directory: Path, tmp_path: Path):
+    assert read_knockouts(directory) == []
+    path = tmp_path / "bpe" / "first" / "paper-256" / "knockout.json"
+    path.parent.mkdir(parents=True)
+    losses = [{"knockout": "whole", "loss": 3.0, "difference": 0.0}]
+    losses += [{"knockout": what, "loss": 3.5, "difference": 0.5} for what in REMOVED]
+    path.write_text(json.dumps({"losses": losses}))
+    expected = {"kind": "bpe", "model": "paper-256", "whole": 3.0} | dict.fromkeys(REMOVED, 0.5)
+    assert read_knockouts(tmp_path) == [expected]
 
 
 def test_flops_are_those_of_realised_concepts(tmp_path: Path):
@@ -242,7 +272,7 @@ def test_every_model_of_the_configurations_has_its_idea(whole: list[Result]):
     models = {
         model[:-4] for path in CONFIGS.glob("*/*.yaml") for model in read_yaml(path).get("axes", {}).get("model", {})
     }
-    assert models - {"llama"} == IDEAS.keys()
+    assert models - set(BASELINES.values()) == IDEAS.keys()
     assert all(idea != "-" for _, _, idea, _ in ledger(compare(whole)))
 
 
