@@ -23,10 +23,15 @@ def packed(lengths: list[int], device: torch.device = CPU) -> PackedLayout:
     return PackedLayout.from_cu_seqlens(cu_seqlens, int(cu_seqlens[-1]), device=device)
 
 
-def naive_attention(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, document_T: Tensor) -> Tensor:
+def naive_attention(
+    q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, document_T: Tensor, window: int | None = None
+) -> Tensor:
     """Masked softmax over the whole row, head by head."""
     heads, group = q_THN.shape[1], q_THN.shape[1] // k_TKN.shape[1]
     visible_TT = (document_T[:, None] == document_T[None, :]).tril()
+    if window is not None:
+        index_T = torch.arange(len(document_T))
+        visible_TT &= index_T[:, None] - index_T[None, :] < window
     outputs = []
     for head in range(heads):
         scores_TT = q_THN[:, head] @ k_TKN[:, head // group].T / q_THN.shape[2] ** 0.5
@@ -56,12 +61,16 @@ def assert_same_function(attention, reference, inputs: list[Tensor], tolerance: 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 def test_sdpa_equals_the_naive_softmax(heads: int, kv_heads: int):
     @settings(max_examples=30)
-    @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**16))
-    def check(lengths: list[int], seed: int):
+    @given(
+        st.lists(st.integers(1, 9), min_size=1, max_size=5),
+        st.sampled_from([None, None, 1, 2, 4, 9]),
+        st.integers(0, 2**16),
+    )
+    def check(lengths: list[int], window: int | None, seed: int):
         layout = packed(lengths)
         assert_same_function(
-            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa"),
-            lambda q, k, v: naive_attention(q, k, v, layout.document_T),
+            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa", window=window),
+            lambda q, k, v: naive_attention(q, k, v, layout.document_T, window),
             random_qkv(layout.total, heads, kv_heads, head_dim=6, seed=seed),
         )
 
@@ -172,11 +181,15 @@ def test_no_silent_fallback(backend: str):
 # The three FlashAttention backends, through stand-ins that compute naively and check what they are given
 
 
-def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int) -> Tensor:
+WINDOWS = [None, 3]
+
+
+def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int, left: int | None) -> Tensor:
+    """`left` as FlashAttention has it: how far a position sees besides its own; -1 or None for all."""
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q)
     assert isinstance(longest, int) and longest == cu_seqlens.diff().max()
     document_T = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
-    return naive_attention(q, k, v, document_T)
+    return naive_attention(q, k, v, document_T, None if left in (None, -1) else left + 1)
 
 
 def stand_in(name: str, function, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +202,12 @@ def stand_in(name: str, function, monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
     monkeypatch.setattr(dlcm.attention, "resolve_backend", lambda backend, device, dtype, head_dim: backend)
     layout = packed([5, 1, 8, 2])
-    assert_same_function(
-        lambda q, k, v: causal_attention(q, k, v, layout, backend),
-        lambda q, k, v: causal_attention(q, k, v, layout, "sdpa"),
-        random_qkv(16, heads, kv_heads, head_dim=6, seed=1),
-    )
+    for window in WINDOWS:
+        assert_same_function(
+            lambda q, k, v, window=window: causal_attention(q, k, v, layout, backend, window=window),
+            lambda q, k, v, window=window: causal_attention(q, k, v, layout, "sdpa", window=window),
+            random_qkv(16, heads, kv_heads, head_dim=6, seed=1),
+        )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
@@ -211,9 +225,9 @@ def test_flash_attn_interface(heads: int, kv_heads: int, monkeypatch: pytest.Mon
         causal=False,
         window_size=(-1, -1),
     ):
-        assert causal and dropout_p == 0 and softmax_scale is None and window_size == (-1, -1)
+        assert causal and dropout_p == 0 and softmax_scale is None and window_size[1] == 0
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
-        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q)
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, window_size[0])
 
     stand_in("flash_attn", flash_attn_varlen_func, monkeypatch)
     assert_equals_sdpa("flash_attn", monkeypatch, heads, kv_heads)
@@ -221,9 +235,10 @@ def test_flash_attn_interface(heads: int, kv_heads: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_flash_attn_4_interface(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size):
         assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
-        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q), None
+        assert window_size[1] in (None, 0)
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, window_size[0]), None
 
     stand_in("flash_attn.cute", flash_attn_varlen_func, monkeypatch)
     assert_equals_sdpa("flash_attn_4", monkeypatch, heads, kv_heads)
@@ -239,7 +254,7 @@ def forget_signature():
 
 def assert_causal_varlen_call(q, k, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped: bool) -> None:
     assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
-    assert scale is None and tuple(window_size) == (-1, 0), "causal is a window without future"
+    assert scale is None and window_size[1] == 0, "causal is a window without future"
     assert grouped or q.shape[1] == k.shape[1], "key-value heads must be repeated where enable_gqa is missing"
 
 
@@ -262,7 +277,7 @@ def test_torch_varlen_interface(heads: int, kv_heads: int, forget_signature, mon
     ):
         assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=enable_gqa)
         assert key.shape[1] == kv_heads
-        return naive_varlen(query, key, value, cu_seq_q, max_q)
+        return naive_varlen(query, key, value, cu_seq_q, max_q, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)
@@ -274,7 +289,7 @@ def test_torch_varlen_without_enable_gqa(heads: int, kv_heads: int, forget_signa
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=False)
-        return naive_varlen(query, key, value, cu_seq_q, max_q)
+        return naive_varlen(query, key, value, cu_seq_q, max_q, window_size[0])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)

@@ -163,6 +163,14 @@ def test_cross_attention_before_every_so_many_layers_of_those_that_there_are(eve
     )  # fmt: skip
 
 
+def test_windows_have_a_token_and_some_layers_without_one_need_them():
+    for build in BUILDERS:
+        rejected(build, "token_window=0", token_window=0)
+    rejected(tiny_baseline_config, "global_every=2", "token_window", global_every=2)
+    for every in (0, 3):
+        rejected(tiny_baseline_config, f"global_every={every}", token_window=2, global_every=every, num_layers=2)
+
+
 @pytest.mark.parametrize("other", [{"injection": "off"}, {"injection": "closing", "cross_attention_every": 1}])
 def test_without_cross_attention_something_else_reads_concepts(other: dict[str, Any]):
     rejected(tiny_config, "cross_attention=false", "injection", cross_attention=False, **other)

@@ -216,6 +216,39 @@ def test_no_rows_and_no_capacity():
             assert torch.equal(attend(*step.arguments), torch.zeros_like(step.q_BHN))
 
 
+@settings(max_examples=16)
+@given(
+    st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
+    st.sampled_from([1, 5, 16, 40, CAPACITY]),
+    st.sampled_from([1, 2, 5]),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_a_window_is_the_last_entries_alone(lengths: list[int], window: int, parts: int, appended: bool, seed: int):
+    """By the kernel and by its twin: what is before the window may be NaN, and the rest is another, shorter cache."""
+    step = random_step(lengths, 4, 2, 16, seed=seed)
+    first_B = (step.length_B - window).clamp(min=0)
+    before_BS = torch.arange(CAPACITY, device=DEVICE) < first_B[:, None]
+    caches = [x.masked_fill(before_BS[:, :, None, None], torch.nan) for x in (step.k_BSKN, step.v_BSKN)]
+    index_BS = (torch.arange(CAPACITY, device=DEVICE) + first_B[:, None]).clamp(max=CAPACITY - 1)
+    rows_B1 = torch.arange(len(lengths), device=DEVICE)[:, None]
+    shorter = [x[rows_B1, index_BS] for x in caches]
+    expected = decode_attention_reference(step.q_BHN, *shorter, step.length_B - first_B)
+    last_B = (step.length_B - 1).clamp(min=0)
+    newest_BKN = tuple(x[rows_B1[:, 0], last_B].nan_to_num(posinf=0) for x in caches) if appended else None
+    twin = cached_attention if DEVICE.type == "cpu" else decode_attention
+    for attend in (decode_attention, twin):
+        with in_parts(parts):
+            out_BHN = attend(step.q_BHN, *caches, step.length_B, newest_BKN=newest_BKN, window=window)
+        torch.testing.assert_close(out_BHN, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_window_has_no_counts():
+    step = random_step([5, 3], counted=True)
+    with pytest.raises(ValueError, match="where all entries count once"):
+        cached_attention(*step.arguments, window=2)
+
+
 # The newest entry, put there on the way
 
 

@@ -189,9 +189,29 @@ CONFIGS = [
     DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, **OPTIONS),
     LlamaBaselineConfig(**TOKENS, num_layers=3),
 ]
+WINDOWS = [
+    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, token_window=32),
+    LlamaBaselineConfig(**TOKENS, num_layers=3, token_window=32, global_every=3),
+]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["dlcm", "llama"])
+def test_a_window_saves_the_products_with_what_lies_before_it():
+    """Counted pair by pair, less half a pair a token, as everywhere: the causal half of L x L has no diagonal."""
+    length, window = 400, 32
+    narrow, wide = (
+        LlamaBaselineConfig(**TOKENS, num_layers=3, token_window=x, global_every=3) for x in (window, length)
+    )
+    pairs = sum(max(position + 1 - window, 0) for position in range(length))  # of two layers, not of the third
+    saved = forward_flops(wide, length).total - forward_flops(narrow, length).total
+    assert saved * length == pytest.approx(2 * 4 * wide.d_token * pairs, rel=0.01)
+    read = decode_bytes(wide, length).total - decode_bytes(narrow, length).total
+    assert read == pytest.approx(2 * (length - window) * cache_bytes_per_token(wide).total / 3)
+    dlcm, seen = WINDOWS[0], forward_flops(DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160), length)
+    fewer = {s: flops for s, flops in forward_flops(dlcm, length).stages.items() if flops < seen.stages[s]}
+    assert fewer.keys() == {"encoder", "decoder"}  # concepts have no window
+
+
+@pytest.mark.parametrize("config", CONFIGS + WINDOWS, ids=["dlcm", "llama", "dlcm-window", "llama-window"])
 def test_a_prompt_costs_what_decoding_it_would(config: DLCMConfig | LlamaBaselineConfig):
     """Token by token, but for the heads of all tokens but the last."""
     length = 400

@@ -305,9 +305,12 @@ def test_to_llama_copies(dtype: torch.dtype, training: bool):
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_to_llama_needs_a_model_without_qk_norm():
-    with pytest.raises(ValueError, match="qk_norm=false"):
-        tiny_baseline(qk_norm=True).to_llama()
+@pytest.mark.parametrize(
+    ("option", "remedy"), [({"qk_norm": True}, "qk_norm=false"), ({"token_window": 4}, "token_window=null")]
+)
+def test_to_llama_needs_a_model_that_llama_is(option: dict[str, Any], remedy: str):
+    with pytest.raises(ValueError, match=remedy):
+        tiny_baseline(**option).to_llama()
 
 
 # Numerics
