@@ -48,10 +48,7 @@ from train.sweep import RESULTS, read_lines
 
 KINDS = ("bytes", "bpe")
 PAPER = "paper"
-BASELINES = {
-    False: "llama",
-    True: "llama-qk",
-}  # by whether queries and keys are normed: each model is compared to its like
+BASELINES = {False: "llama", True: "llama-qk"}  # by whether queries and keys are normed, as the compared model's are
 # No candidates: a bound that is not matched, another baseline, and what would change the baseline too.
 REFERENCES = (*BASELINES.values(), "tokens", "plain", "llama-window")
 REMOVED = ("unreasoned", "strangers", "mean", "none")  # see eval.knockout
@@ -572,12 +569,12 @@ def closed_share(comparisons: Comparisons, kind: str) -> str:
     for size, comparison in largest_settings(comparisons, kind, chosen).items():
         gap = f"{100 * _value(comparison.gap):+.2f} %"
         of_paper = comparisons[comparison.setting].get(PAPER) if size in papers else None
-        same = of_paper is not None and of_paper.baseline == comparison.baseline
-        if of_paper is None or not same or of_paper.gap is None or of_paper.gap <= 0:
+        if of_paper is None or of_paper.baseline != comparison.baseline or not (of_paper.gap or 0) > 0:
             sentences.append(f"{gap} at d = {size}")
         else:
-            share = 1 - _value(comparison.gap) / of_paper.gap
-            sentences.append(f"{gap} at d = {size} (the paper's {100 * of_paper.gap:+.2f} %: {share:.0%} of it closed)")
+            of_paper_gap = _value(of_paper.gap)
+            share = 1 - _value(comparison.gap) / of_paper_gap
+            sentences.append(f"{gap} at d = {size} (the paper's {100 * of_paper_gap:+.2f} %: {share:.0%} of it closed)")
     return f"{kind}: the recipe is `{chosen}`, {IDEAS.get(chosen, '')}; its gap is {', '.join(sentences)}."
 
 
