@@ -33,8 +33,9 @@ def causal_attention(
     layout: PackedLayout,
     backend: AttentionBackend = "auto",
     context: PackedLayout | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Each position attends to the positions at or before it in its own document.
+    """Each position attends to the positions at or before it in its own document, or to the last of these.
 
     Args:
         q_THN: queries, H heads of dimension N.
@@ -42,6 +43,7 @@ def causal_attention(
         layout: the documents of the packed row.
         backend: see the module's docstring.
         context: the documents of keys and values, where they have a past: their last positions are those that ask.
+        window: how many positions each attends to at most, itself included; None: all.
 
     Returns:
         (T, H, N), scaled by 1 / sqrt(N) before the softmax.
@@ -50,15 +52,17 @@ def causal_attention(
         AttentionBackendError: `backend` cannot run on this device, dtype or installation.
     """
     context = layout if context is None else context
+    if window is not None and window >= context.max_seqlen:
+        window = None  # it leaves nothing out
     match resolve_backend(backend, q_THN.device, q_THN.dtype, q_THN.shape[2]):
         case "flash_attn_4":
-            return _flash_attn_4(q_THN, k_UKN, v_UKN, layout, context)
+            return _flash_attn_4(q_THN, k_UKN, v_UKN, layout, context, window)
         case "flash_attn":
-            return _flash_attn(q_THN, k_UKN, v_UKN, layout, context)
+            return _flash_attn(q_THN, k_UKN, v_UKN, layout, context, window)
         case "torch_varlen":
-            return _torch_varlen(q_THN, k_UKN, v_UKN, layout, context)
+            return _torch_varlen(q_THN, k_UKN, v_UKN, layout, context, window)
         case _:
-            return _sdpa(q_THN, k_UKN, v_UKN, layout, context)
+            return _sdpa(q_THN, k_UKN, v_UKN, layout, context, window)
 
 
 def resolve_backend(
@@ -108,7 +112,9 @@ OBSTACLES: dict[AttentionBackend, Callable[[torch.device, torch.dtype, int], str
 }
 
 
-def _flash_attn_4(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+def _flash_attn_4(
+    q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout, window: int | None
+) -> Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
     out_THN, _ = flash_attn_varlen_func(
@@ -118,20 +124,27 @@ def _flash_attn_4(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLay
         max_seqlen_q=layout.max_seqlen,
         max_seqlen_k=context.max_seqlen,
         causal=True,
+        window_size=(None if window is None else window - 1, 0),
     )
     return out_THN
 
 
-def _flash_attn(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+def _flash_attn(
+    q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout, window: int | None
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q_THN, k_UKN, v_UKN, *_lengths(layout, context), causal=True)
+    return flash_attn_varlen_func(
+        q_THN, k_UKN, v_UKN, *_lengths(layout, context), causal=True, window_size=_window_size(window)
+    )
 
 
-def _torch_varlen(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+def _torch_varlen(
+    q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout, window: int | None
+) -> Tensor:
     from torch.nn.attention import varlen
 
-    attend = functools.partial(varlen.varlen_attn, window_size=(-1, 0))
+    attend = functools.partial(varlen.varlen_attn, window_size=_window_size(window))
     if q_THN.shape[1] != k_UKN.shape[1]:
         if _varlen_attn_has_gqa():
             attend = functools.partial(attend, enable_gqa=True)
@@ -141,21 +154,32 @@ def _torch_varlen(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLay
     return cast(Tensor, attend(q_THN, k_UKN, v_UKN, *_lengths(layout, context)))
 
 
+def _window_size(window: int | None) -> tuple[int, int]:
+    """How far a position sees to the left and to the right, -1 for without end."""
+    return -1 if window is None else window - 1, 0
+
+
 def _lengths(layout: PackedLayout, context: PackedLayout) -> tuple[Tensor, Tensor, int, int]:
     return layout.cu_seqlens_D1, context.cu_seqlens_D1, layout.max_seqlen, context.max_seqlen
 
 
-def _sdpa(q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+def _sdpa(
+    q_THN: Tensor, k_UKN: Tensor, v_UKN: Tensor, layout: PackedLayout, context: PackedLayout, window: int | None
+) -> Tensor:
     asking_D, lengths_D = (x.cu_seqlens_D1.diff().tolist() for x in (layout, context))
     outputs = []
     for q_lHN, k_uKN, v_uKN in zip(q_THN.split(asking_D), k_UKN.split(lengths_D), v_UKN.split(lengths_D), strict=True):
         asking, length = len(q_lHN), len(k_uKN)
-        mask_lu = None if asking == length else torch.ones(asking, length, dtype=torch.bool, device=q_THN.device)
+        seen = length if window is None else min(window, length)
+        mask_lu = None
+        if seen < length or asking < length:
+            mask_lu = torch.ones(asking, length, dtype=torch.bool, device=q_THN.device)
+            mask_lu = mask_lu.tril(length - asking).triu(length - asking - seen + 1)
         out_HlN = F.scaled_dot_product_attention(
             q_lHN.transpose(0, 1)[None],
             k_uKN.transpose(0, 1)[None],
             v_uKN.transpose(0, 1)[None],
-            attn_mask=None if mask_lu is None else mask_lu.tril(length - asking),
+            attn_mask=mask_lu,
             is_causal=mask_lu is None,
             enable_gqa=q_THN.shape[1] != k_UKN.shape[1],
         )[0]
