@@ -5,9 +5,9 @@
              writes it into the cache, if it is not there yet
     combine  one program for a row and a query head: the parts, weighted by how much of the softmax's sum they hold
 
-A row's parts are equal shares of its own length, which the device alone knows: however large the capacity, all work is
-spread over all parts. Grids depend on shapes only. Rows and heads are told apart in 64 bits: a cache may well have more
-than 2^31 numbers.
+A row's parts are equal shares of its own length, which the device alone knows, or of what a window leaves of it:
+however large the capacity, all work is spread over all parts. Grids depend on shapes and the window only. Rows and
+heads are told apart in 64 bits: a cache may well have more than 2^31 numbers.
 
 Scores are in base 2 throughout, as in `ragged_attention`. Legend: B rows, S the capacity of the cache, H / K query /
 key-value heads, N head dimension, P parts; in kernels, G are the H / K query heads of a key-value head, Sb the entries
@@ -39,6 +39,7 @@ def decode_attention(
     length_B: Tensor,
     count_BS: Tensor | None = None,
     newest_BKN: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Each row's query attends to the first entries of its cache, (B, H, N); zeros where a row sees none.
 
@@ -51,6 +52,7 @@ def decode_attention(
         length_B: entries of each row's cache, int32 or int64, at most S.
         count_BS: how often each entry counts, int32; None is once.
         newest_BKN: key and value of each row's last entry, to be put there; None has them there already.
+        window: how many of a row's last entries are seen; None: all.
 
     Raises:
         ValueError: the kernels do not run on these tensors; says what they need.
@@ -58,10 +60,10 @@ def decode_attention(
     if problem := obstacle(q_BHN):
         raise ValueError(f"decode attention {problem}")
     if newest_BKN is None:
-        return _decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS)
+        return _decode_attention(q_BHN, k_BSKN, v_BSKN, length_B, count_BS, window)
     if count_BS is not None:
         raise ValueError("decode attention puts an entry where all count once")
-    return _append_and_attend(q_BHN, k_BSKN, v_BSKN, length_B, *newest_BKN)
+    return _append_and_attend(q_BHN, k_BSKN, v_BSKN, length_B, *newest_BKN, window)
 
 
 def obstacle(q_BHN: Tensor) -> str | None:
@@ -82,16 +84,28 @@ def obstacle(q_BHN: Tensor) -> str | None:
 
 @torch.library.custom_op("dlcm::decode_attention", mutates_args=())
 def _decode_attention(
-    q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, count_BS: Tensor | None
+    q_BHN: Tensor,
+    k_BSKN: Tensor,
+    v_BSKN: Tensor,
+    length_B: Tensor,
+    count_BS: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
-    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, count_BS, None, None)
+    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, count_BS, None, None, window)
 
 
 @torch.library.custom_op("dlcm::append_and_attend", mutates_args=("k_BSKN", "v_BSKN"))
 def _append_and_attend(
-    q_BHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, length_B: Tensor, newest_k_BKN: Tensor, newest_v_BKN: Tensor
+    q_BHN: Tensor,
+    k_BSKN: Tensor,
+    v_BSKN: Tensor,
+    length_B: Tensor,
+    newest_k_BKN: Tensor,
+    newest_v_BKN: Tensor,
+    window: int | None = None,
 ) -> Tensor:
-    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, None, newest_k_BKN.contiguous(), newest_v_BKN.contiguous())
+    newest_k_BKN, newest_v_BKN = newest_k_BKN.contiguous(), newest_v_BKN.contiguous()
+    return _launch(q_BHN, k_BSKN, v_BSKN, length_B, None, newest_k_BKN, newest_v_BKN, window)
 
 
 def _launch(
@@ -102,13 +116,15 @@ def _launch(
     count_BS: Tensor | None,
     newest_k_BKN: Tensor | None,
     newest_v_BKN: Tensor | None,
+    window: int | None,
 ) -> Tensor:
     if any(x is not None and x.stride(-1) != 1 for x in (k_BSKN, v_BSKN, count_BS)):
         raise ValueError("decode attention needs keys, values and counts whose last dimension has stride 1")
     batch, heads, head_dim = q_BHN.shape
     capacity, kv_heads = k_BSKN.shape[1:3]
     group = heads // kv_heads
-    parts = _parts(batch * kv_heads, capacity, _multiprocessors(q_BHN.device))
+    seen = capacity if window is None else min(window, capacity)
+    parts = _parts(batch * kv_heads, seen, _multiprocessors(q_BHN.device))
     block_n = max(16, triton.next_power_of_2(head_dim))
     # Of one part, the output itself.
     part_BHPN = q_BHN.new_empty((batch, heads, parts, head_dim), dtype=q_BHN.dtype if parts == 1 else torch.float32)
@@ -116,7 +132,7 @@ def _launch(
     with torch.cuda.device_of(q_BHN):
         _share_kernel[(batch * kv_heads, parts)](
             *(q_BHN.contiguous(), k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B.contiguous(), count_BS),
-            *(newest_k_BKN, newest_v_BKN),
+            *(newest_k_BKN, newest_v_BKN, window),
             head_dim**-0.5 * LOG2_E,
             kv_heads,
             *k_BSKN.stride()[:3],
@@ -152,10 +168,10 @@ def _(q_BHN, *_):
     return q_BHN.new_empty(q_BHN.shape)
 
 
-def _parts(heads: int, capacity: int, multiprocessors: int) -> int:
-    """How many parts, of `heads` key-value heads of all rows. A power of two, so that few kernels are compiled."""
+def _parts(heads: int, entries: int, multiprocessors: int) -> int:
+    """How many parts, of `heads` key-value heads of all rows; a power of two, so that few kernels are compiled."""
     to_fill_all = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(heads, 1)
-    most = max(min(to_fill_all, capacity // MIN_PART_ENTRIES, MAX_PARTS), 1)
+    most = max(min(to_fill_all, entries // MIN_PART_ENTRIES, MAX_PARTS), 1)
     return 1 << most.bit_length() - 1
 
 
@@ -169,7 +185,8 @@ def _tile_entries(block_n: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def _share_kernel(
-    q_BHN, k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B, count_BS, newest_k_BKN, newest_v_BKN, scale_log2, kv_heads,
+    q_BHN, k_BSKN, v_BSKN, part_BHPN, lse_BHP, length_B, count_BS, newest_k_BKN, newest_v_BKN,
+    window, scale_log2, kv_heads,
     k_stride_B, k_stride_S, k_stride_K, v_stride_B, v_stride_S, v_stride_K, count_stride_B,
     GROUP: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -182,8 +199,11 @@ def _share_kernel(
     ours_G, real_N = g_G < GROUP, n_N < N
 
     length = tl.load(length_B + row).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_S), PARTS) * BLOCK_S
-    begin = part * share
+    first = 0
+    if window is not None:
+        first = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - first, BLOCK_S), PARTS) * BLOCK_S
+    begin = first + part * share
     end = tl.minimum(begin + share, length)
     if PARTS > 1 and begin >= end:  # the one part of a row writes its zeros
         tl.store(lse_BHP + head_G * PARTS + part, float("-inf"), mask=ours_G)
