@@ -32,7 +32,7 @@ class LlamaBaselineOutput(ModelOutput):
 
 
 class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
-    """Token blocks between embedding and unembedding: LLaMA, unless `qk_norm` is asked for."""
+    """Token blocks between embedding and unembedding: LLaMA, unless `qk_norm` or a `token_window` is asked for."""
 
     config_class = LlamaBaselineConfig
     config: LlamaBaselineConfig
@@ -41,7 +41,7 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
     def __init__(self, config: LlamaBaselineConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_token)
-        self.decoder = TransformerStack(token_block_shape(config), config.num_layers)
+        self.decoder = TransformerStack(token_block_shape(config), config.windows("decoder"))
         self.decoder_norm = nn.RMSNorm(config.d_token, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_token, config.vocab_size, bias=False)
         quantise_linears_(self, config)
@@ -98,11 +98,16 @@ class LlamaBaselineForCausalLM(PackedCausalLM[DecodingCache]):
         """The same model as `transformers`' LLaMA, with a copy of the weights.
 
         Raises:
-            ValueError: qk_norm is on, which LLaMA has not, or weights are rounded in the forward pass.
+            ValueError: qk_norm is on or there is a token_window, which LLaMA has not, or weights are rounded in the
+                forward pass.
         """
         config = self.config
         if config.qk_norm:
             raise ValueError("to_llama() needs qk_norm=false: transformers' LLaMA has no RMSNorm on queries and keys")
+        if config.token_window is not None:
+            raise ValueError(
+                "to_llama() needs token_window=null: every token of transformers' LLaMA sees all before it"
+            )
         if config.quantiser != "none":
             raise ValueError("to_llama() needs plain weights: call dlcm.selfcompress.quantiser.plain(model) first")
         llama = LlamaForCausalLM(

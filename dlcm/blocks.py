@@ -115,8 +115,10 @@ class SwiGLU(nn.Module):
 class LayerPast(Protocol):
     """What a block remembers of earlier positions (see `dlcm.cache`)."""
 
-    def attend(self, q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, backend: AttentionBackend) -> Tensor:
-        """Remembers keys and values, and attends to them and all before; (T, H, N)."""
+    def attend(
+        self, q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, backend: AttentionBackend, window: int | None
+    ) -> Tensor:
+        """Remembers keys and values, and attends to them and what is before, to `window` in all; (T, H, N)."""
         ...
 
 
@@ -127,15 +129,16 @@ class Block(nn.Module):
     do not: these are what `dlcm.compilation` compiles.
 
     Attributes:
+        window: how many positions each sees, itself included; None: all before it.
         attends, feeds: whether attention and SwiGLU are run; where self-compression left nothing of them, they are not.
     """
 
     attends: bool = True
     feeds: bool = True
 
-    def __init__(self, shape: BlockShape):
+    def __init__(self, shape: BlockShape, window: int | None):
         super().__init__()
-        self.backend = shape.config.attention_backend
+        self.backend, self.window = shape.config.attention_backend, window
         self.attention_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
         self.attention = SelfAttention(shape)
         self.ffn_norm = nn.RMSNorm(shape.width, shape.config.rms_norm_eps)
@@ -146,9 +149,9 @@ class Block(nn.Module):
             return self.after_attention(x_TW, None)
         q_THN, k_TKN, v_TKN = self.before_attention(x_TW, rope)
         if past is None:
-            mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend)
+            mixed_THN = causal_attention(q_THN, k_TKN, v_TKN, layout, self.backend, window=self.window)
         else:
-            mixed_THN = past.attend(q_THN, k_TKN, v_TKN, self.backend)
+            mixed_THN = past.attend(q_THN, k_TKN, v_TKN, self.backend, self.window)
         return self.after_attention(x_TW, mixed_THN)
 
     def before_attention(self, x_TW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +171,7 @@ def recompute_blocks_(model: nn.Module, recompute: bool) -> None:
 
 
 class TransformerStack(nn.Module):
-    """`num_layers` blocks over packed documents, causal; the residual stream goes in and comes out un-normed.
+    """Blocks over packed documents, causal, one for each window; the residual stream goes in and comes out un-normed.
 
     Attributes:
         recompute: whether the backward pass runs each block once more, so that the forward pass need not keep what is
@@ -177,10 +180,10 @@ class TransformerStack(nn.Module):
 
     recompute: bool = False
 
-    def __init__(self, shape: BlockShape, num_layers: int):
+    def __init__(self, shape: BlockShape, windows: Sequence[int | None]):
         super().__init__()
         self.shape = shape
-        self.layers = nn.ModuleList(Block(shape) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Block(shape, window) for window in windows)
 
     def forward(
         self,

@@ -9,6 +9,7 @@
 
 So tokens cost what the token-level blocks cost, and concepts are paid for once in R tokens. Encoder states and concepts
 are there for the next token and concept, which look at the last one, and for `crop`, which makes another one the last.
+For it, keys and values that have left the window of a `token_window` are kept too; they are not read.
 
 A cache is also what transformers' `generate` expects of one. Its length, there, counts columns of the (B, L) batches
 that it has seen, padding included; in here, rows know how many tokens they have.
@@ -97,13 +98,14 @@ class Appending:
         k_TKN: Tensor,
         v_TKN: Tensor,
         backend: AttentionBackend,
+        window: int | None,
     ) -> Tensor:
         self.write(keys_BSKN, k_TKN)
         self.write(values_BSKN, v_TKN)
         if self.new.context.total > self.layout.total:
             where = self.new.row_U, self.new.context.position_T
             k_TKN, v_TKN = keys_BSKN[where], values_BSKN[where]
-        return causal_attention(q_THN, k_TKN, v_TKN, self.layout, backend, self.new.context)
+        return causal_attention(q_THN, k_TKN, v_TKN, self.layout, backend, self.new.context, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +144,10 @@ class Stepping:
         k_BKN: Tensor,
         v_BKN: Tensor,
         backend: AttentionBackend,
+        window: int | None,
     ) -> Tensor:
         newest_BKN = k_BKN.to(keys_BSKN.dtype), v_BKN.to(values_BSKN.dtype)
-        return cached_attention(q_BHN, keys_BSKN, values_BSKN, self.length_B, newest_BKN=newest_BKN)
+        return cached_attention(q_BHN, keys_BSKN, values_BSKN, self.length_B, newest_BKN=newest_BKN, window=window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +158,11 @@ class CachedLayer:
     keys_BSKN: Tensor
     values_BSKN: Tensor
 
-    def attend(self, q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, backend: AttentionBackend) -> Tensor:
-        """Remembers keys and values, and attends to them and all before; (T, H, N)."""
-        return self.where.attend(self.keys_BSKN, self.values_BSKN, q_THN, k_TKN, v_TKN, backend)
+    def attend(
+        self, q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, backend: AttentionBackend, window: int | None
+    ) -> Tensor:
+        """Remembers keys and values, and attends to them and what is before, to `window` in all; (T, H, N)."""
+        return self.where.attend(self.keys_BSKN, self.values_BSKN, q_THN, k_TKN, v_TKN, backend, window)
 
 
 class DecodingCache(Cache):

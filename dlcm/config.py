@@ -77,6 +77,7 @@ class TokenBlocksConfig(PreTrainedConfig):
     token_kv_heads: int | None = None  # None: as many as token_heads
     token_ffn: int = 1536  # SwiGLU width
     qk_norm: bool = False  # RMSNorm on queries and keys of self-attention (LLaMA has none)
+    token_window: int | None = None  # tokens that a token sees in self-attention, itself included; None: all before it
     max_position_embeddings: int = 2048  # longest document, in tokens
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -129,6 +130,8 @@ class TokenBlocksConfig(PreTrainedConfig):
         _check_heads("token", self.d_token, self.token_heads, self.token_kv_heads)
         if self.mup_base_width is not None:
             _check_positive(self, "mup_base_width")
+        if self.token_window is not None:
+            _check_positive(self, "token_window")
         self._check_groups("token", self.d_token, self.token_heads, self.token_kv_heads, self.token_ffn)
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=true is not supported: the paper's embeddings are untied")
@@ -142,6 +145,10 @@ class TokenBlocksConfig(PreTrainedConfig):
     def layers(self) -> dict[str, int]:
         """Blocks of each stage."""
         raise NotImplementedError
+
+    def windows(self, stage: str) -> list[int | None]:
+        """How many positions each of a stage's blocks sees, a position's own included; None: all up to it."""
+        return [self.token_window] * self.layers()[stage]
 
     def sublayer(self, name: str) -> Sublayer:
         """What the sublayer of this name begins with.
@@ -199,13 +206,29 @@ class LlamaBaselineConfig(TokenBlocksConfig):
     }
 
     num_layers: int = 12
+    global_every: int | None = None  # with a token_window, the last of every so many layers has none; None: each has it
 
     def layers(self) -> dict[str, int]:
         return {"decoder": self.num_layers}
 
+    def windows(self, stage: str) -> list[int | None]:
+        every = self.global_every
+        layers = range(1, self.num_layers + 1)
+        return [None if every and layer % every == 0 else self.token_window for layer in layers]
+
     def validate_architecture(self) -> None:
         super().validate_architecture()
         _check_positive(self, "num_layers")
+        if self.global_every is not None:
+            if self.token_window is None:
+                raise ValueError(
+                    f"global_every={self.global_every} needs a token_window: without one, every layer sees all tokens"
+                )
+            if not 1 <= self.global_every <= self.num_layers:
+                raise ValueError(
+                    f"global_every={self.global_every} must lie between 1 and num_layers={self.num_layers}; null "
+                    "leaves every layer its window"
+                )
         self._check_channels_left()
 
 
@@ -255,6 +278,10 @@ class DLCMConfig(TokenBlocksConfig):
 
     def layers(self) -> dict[str, int]:
         return {"encoder": self.encoder_layers, "backbone": self.backbone_layers, "decoder": self.decoder_layers}
+
+    def windows(self, stage: str) -> list[int | None]:
+        # Concepts carry what lies further back than tokens see.
+        return [None] * self.backbone_layers if stage == "backbone" else super().windows(stage)
 
     @property
     def num_cross_attentions(self) -> int:

@@ -134,6 +134,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "decoder_layers": (1, 2),
     "cross_attention_every": (None, 1),
     "pooling": ("mean", "last"),
+    "token_window": (None, 1, 3),
 }
 
 

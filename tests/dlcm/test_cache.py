@@ -52,8 +52,10 @@ OPTIONS += [
         {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
     )
 ]
+OPTIONS += [{"token_window": 3}]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]
-MODELS += [pytest.param(tiny_baseline, options, id=f"llama{options}") for options in ({}, {"qk_norm": True})]
+LLAMAS: list[dict[str, Any]] = [{}, {"qk_norm": True}, {"token_window": 3, "global_every": 2}]
+MODELS += [pytest.param(tiny_baseline, options, id=f"llama{options}") for options in LLAMAS]
 BOTH = [pytest.param(tiny_dlcm, id="dlcm"), pytest.param(tiny_baseline, id="llama")]
 
 

@@ -310,6 +310,12 @@ def test_to_llama_needs_a_model_without_qk_norm():
         tiny_baseline(qk_norm=True).to_llama()
 
 
+@pytest.mark.parametrize("every", [None, 1])
+def test_to_llama_needs_a_model_without_windows(every: int | None):
+    with pytest.raises(ValueError, match="token_window=null"):
+        tiny_baseline(token_window=3, global_every=every).to_llama()
+
+
 # Numerics
 
 

@@ -31,7 +31,7 @@ OPTIONS = [
         strict=True,
     )
 ]
-OPTIONS += [{"visibility": "closed", "injection": "every"}]
+OPTIONS += [{"visibility": "closed", "injection": "every"}, {"visibility": "closed", "token_window": 3}]
 OPTIONS += [{"visibility": "closed", "pooling": "last", "cross_attention_every": 1, "decoder_layers": 2}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 
