@@ -53,7 +53,7 @@ def causal_attention(
     """
     context = layout if context is None else context
     if window is not None and window >= context.max_seqlen:
-        window = None
+        window = None  # it leaves nothing out
     match resolve_backend(backend, q_THN.device, q_THN.dtype, q_THN.shape[2]):
         case "flash_attn_4":
             return _flash_attn_4(q_THN, k_UKN, v_UKN, layout, context, window)
@@ -124,7 +124,7 @@ def _flash_attn_4(
         max_seqlen_q=layout.max_seqlen,
         max_seqlen_k=context.max_seqlen,
         causal=True,
-        window_size=(None, None) if window is None else (window - 1, 0),
+        window_size=(None if window is None else window - 1, 0),
     )
     return out_THN
 
@@ -170,10 +170,11 @@ def _sdpa(
     outputs = []
     for q_lHN, k_uKN, v_uKN in zip(q_THN.split(asking_D), k_UKN.split(lengths_D), v_UKN.split(lengths_D), strict=True):
         asking, length = len(q_lHN), len(k_uKN)
+        seen = length if window is None else min(window, length)
         mask_lu = None
-        if window is not None or asking != length:
-            mask_lu = torch.ones(asking, length, dtype=torch.bool, device=q_THN.device).tril(length - asking)
-            mask_lu = mask_lu if window is None else mask_lu.triu(length - asking - window + 1)
+        if seen < length or asking < length:
+            mask_lu = torch.ones(asking, length, dtype=torch.bool, device=q_THN.device)
+            mask_lu = mask_lu.tril(length - asking).triu(length - asking - seen + 1)
         out_HlN = F.scaled_dot_product_attention(
             q_lHN.transpose(0, 1)[None],
             k_uKN.transpose(0, 1)[None],

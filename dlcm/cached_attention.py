@@ -1,9 +1,9 @@
 """Attention of one query per row of a batch to that row's cache: a step of decoding.
 
-Row b attends to the entries 0 .. length_B[b] - 1 of its cache, or to a window of the last of them. Counts are concept
-replication in compact form (section 4.1, Eq. 17): an entry that is replicated n times is kept once, with the bias log
-n. What is past the length, or counted 0 times, may hold anything, and a row that sees no entry is zero: so rows with
-nothing to do in a step are passed over.
+Row b attends to the entries 0 .. length_B[b] - 1 of its cache, or to the last of them where there is a window. Counts
+are concept replication in compact form (section 4.1, Eq. 17): an entry that is replicated n times is kept once, with
+the bias log n. What is past the length, or counted 0 times, may hold anything, and a row that sees no entry is zero: so
+rows with nothing to do in a step are passed over.
 
 Shapes alone decide what is launched, lengths and counts stay on the device: CUDA graphs can replay a step. The kernel
 has no backward pass.

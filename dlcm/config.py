@@ -77,7 +77,7 @@ class TokenBlocksConfig(PreTrainedConfig):
     token_kv_heads: int | None = None  # None: as many as token_heads
     token_ffn: int = 1536  # SwiGLU width
     qk_norm: bool = False  # RMSNorm on queries and keys of self-attention (LLaMA has none)
-    token_window: int | None = None  # tokens that one sees in token-level self-attention, its own too; None: all
+    token_window: int | None = None  # tokens that a token sees in self-attention, itself included; None: all before it
     max_position_embeddings: int = 2048  # longest document, in tokens
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5

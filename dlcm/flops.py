@@ -4,8 +4,9 @@ Conventions, stated once:
 
 - 2 FLOPs per multiply-add; matrix products alone. Norms, RoPE, softmax, SwiGLU's elementwise part, embedding look-ups,
   pooling, the D null slots and the optimiser are left out.
-- Causal attention over a document of L tokens is counted at half of its L x L products, in training and prefill; with
-  a window of w < L tokens, at w L - w^2 / 2 of them. A decoded token reads all that is before it, or its window.
+- Causal attention over a document of L tokens is counted at half of its L x L products, in training and prefill: a
+  token reads L / 2 others. Of these, a window of w < L leaves w - w^2 / (2 L). A decoded token reads all that is before
+  it, or w of them.
 - A backward pass costs two forwards.
 - What happens once per concept is charged 1 / R per token, R being the *realised* tokens per concept where it is known,
   else the configuration's target.
@@ -14,8 +15,9 @@ Conventions, stated once:
 - Counted is what the function needs, not what an implementation spends on it: a token reads each concept that it may
   see once, whatever runs it. `replicated` and `recompute` say what those implementations spend.
 
-Lengths: attention alone depends on L, and, without a window, linearly. So documents of several lengths cost what
-documents of one do, the mean weighted by tokens (`weighted_length`).
+Lengths: attention alone depends on L, and linearly. So documents of several lengths cost what documents of one do, the
+mean weighted by tokens (`weighted_length`). In blocks with a window they cost what documents of another length do in
+blocks without: `weighted_length` knows it too.
 
 Legend: W a stage's width, F its SwiGLU width, KV its key-value width, E = d_token, C = d_concept, L tokens of a
 document, R tokens per concept.
@@ -30,7 +32,6 @@ from dlcm.config import DLCMConfig, LlamaBaselineConfig
 from dlcm.injection import injections
 
 Config = DLCMConfig | LlamaBaselineConfig
-Keys = Callable[[int | None], float]  # makes of a window how many keys a token reads on average; None: of no window
 FORWARDS_PER_STEP = 3
 STACKS = ("encoder", "backbone", "decoder")  # of blocks
 TABLES = ("embedding", "head")  # stages that N, the size of a model, leaves out
@@ -48,10 +49,29 @@ class ByStage:
         return sum(self.stages.values())
 
 
-def weighted_length(lengths: Iterable[float]) -> float:
-    """Mean length of documents, weighted by tokens: sum l^2 / sum l."""
+def weighted_length(lengths: Iterable[float], window: int | None = None) -> float:
+    """Mean length of documents, weighted by tokens: sum l^2 / sum l.
+
+    With a window, the length at which attention without one costs as much.
+    """
     lengths = list(lengths)
-    return sum(length**2 for length in lengths) / sum(lengths)
+    return squared_lengths(lengths, window) / sum(lengths)
+
+
+def squared_lengths(lengths: Sequence[float], window: int | None = None) -> float:
+    """The sum above: twice the pairs of tokens that attend; a window leaves out those of what is further back."""
+    beyond = 0 if window is None else sum(max(length - window, 0) ** 2 for length in lengths)
+    return sum(length**2 for length in lengths) - beyond
+
+
+class Keys(NamedTuple):
+    """How many others a token reads on average, in token-level blocks without a window and in those with one."""
+
+    everywhere: float
+    in_window: float
+
+    def of(self, window: int | None) -> float:
+        return self.everywhere if window is None else self.in_window
 
 
 # Parameters
@@ -187,7 +207,7 @@ def _removed_flops(config: Config, name: str, keys: Keys, ratio: float) -> float
     flops = 2 * _removed(config, name, lambda height, width: height * width)
     if name.endswith("attention") and _gone(config, name):
         window = config.windows(_stage(name))[int(name.split(".")[2])]
-        flops += _attention_flops(shape.width, keys(window) * rows)
+        flops += _attention_flops(shape.width, keys.of(window) * rows)
     return flops * rows
 
 
@@ -195,7 +215,12 @@ def _removed_flops(config: Config, name: str, keys: Keys, ratio: float) -> float
 
 
 def forward_flops(
-    config: Config, sequence_length: float, tokens_per_concept: float | None = None, *, replicated: bool = False
+    config: Config,
+    sequence_length: float,
+    tokens_per_concept: float | None = None,
+    *,
+    replicated: bool = False,
+    windowed_length: float | None = None,
 ) -> ByStage:
     """Forward FLOPs per token for documents of `sequence_length` tokens.
 
@@ -204,8 +229,11 @@ def forward_flops(
         sequence_length: L.
         tokens_per_concept: R; None takes the configuration's target. A model without concepts ignores it.
         replicated: count cross-attention as concept replication runs it (Eq. 17): over L keys instead of L / R.
+        windowed_length: of documents of several lengths, `weighted_length` with the configuration's window; None: all
+            have L tokens.
     """
-    return _flops(config, _document(sequence_length), tokens_per_concept, heads_per_token=1, replicated=replicated)
+    keys = _mean_keys(config, sequence_length, windowed_length)
+    return _flops(config, keys, tokens_per_concept, heads_per_token=1, replicated=replicated)
 
 
 def training_flops(
@@ -224,23 +252,27 @@ def training_flops(
 
 def prefill_flops(config: Config, prompt: int, tokens_per_concept: float | None = None) -> ByStage:
     """FLOPs of a whole prompt of so many tokens: a forward pass with the head at the last token alone."""
-    per_token = _flops(config, _document(prompt), tokens_per_concept, heads_per_token=1 / prompt)
+    per_token = _flops(config, _mean_keys(config, prompt), tokens_per_concept, heads_per_token=1 / prompt)
     return ByStage({stage: prompt * flops for stage, flops in per_token.stages.items()})
 
 
 def decode_flops(config: Config, context: int, tokens_per_concept: float | None = None) -> ByStage:
     """FLOPs of one more token after `context` others, with a cache; the backbone's are spread over R tokens."""
-    return _flops(config, _past(context), tokens_per_concept, heads_per_token=1)
+    return _flops(
+        config, Keys(context, entries_read(context, config.token_window)), tokens_per_concept, heads_per_token=1
+    )
 
 
-def _document(length: float) -> Keys:
-    """What the tokens of a document read, on average."""
-    return lambda window: length / 2 if window is None or window >= length else window - window**2 / (2 * length)
+def entries_read(context: int, window: int | None) -> int:
+    """Of so many that a block's cache has, what a decoded token reads."""
+    return context if window is None else min(context, window)
 
 
-def _past(context: float) -> Keys:
-    """What a token behind so many others reads."""
-    return lambda window: context if window is None else min(context, window)
+def _mean_keys(config: Config, length: float, windowed_length: float | None = None) -> Keys:
+    """Of a causal pass over documents of a length, and of another within the window, if that is not the same."""
+    if windowed_length is None:
+        windowed_length = weighted_length([length], config.token_window) if length else 0.0
+    return Keys(length / 2, windowed_length / 2)
 
 
 def _flops(
@@ -260,14 +292,15 @@ def _flops_at_the_start(
     token = token_block_shape(config)
     head = 2 * config.d_token * config.vocab_size * heads_per_token
     if isinstance(config, LlamaBaselineConfig):
-        return {"decoder": _stack_flops(token, config.windows("decoder"), keys), "head": head}
+        return {"decoder": _stack_flops(config, "decoder", token, keys), "head": head}
     ratio = _ratio(config, tokens_per_concept)
-    cross_keys = keys(None) if replicated else keys(None) / ratio
+    concepts = keys.everywhere / ratio
+    cross_keys = keys.everywhere if replicated else concepts
     return {
-        "encoder": _stack_flops(token, config.windows("encoder"), keys),
+        "encoder": _stack_flops(config, "encoder", token, keys),
         "detector": 2 * 2 * config.d_token * config.scan_width if config.segmenter == "learned" else 0,
         "pooling": 2 * config.d_token * config.d_concept / ratio,
-        "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), keys(None) / ratio) / ratio,
+        "backbone": config.backbone_layers * _block_flops(concept_block_shape(config), concepts) / ratio,
         "cross_attention": config.num_cross_attentions
         * (
             2 * 2 * config.d_token**2
@@ -275,13 +308,17 @@ def _flops_at_the_start(
             + _attention_flops(config.d_token, cross_keys)
         ),
         **_options(config, skip=2 * config.d_token**2, injection=2 * config.d_token * config.d_concept / ratio),
-        "decoder": _stack_flops(token, config.windows("decoder"), keys),
+        "decoder": _stack_flops(config, "decoder", token, keys),
         "head": head,
     }
 
 
-def _stack_flops(shape: BlockShape, windows: Iterable[int | None], keys: Keys) -> float:
-    return sum(_block_flops(shape, keys(window)) for window in windows)
+def _stack_flops(config: Config, stage: str, shape: BlockShape, keys: Keys) -> float:
+    """Of the blocks of a stage at token level."""
+    windows = config.windows(stage)
+    without = windows.count(None)
+    flops = without * _block_flops(shape, keys.everywhere)
+    return flops + (len(windows) - without) * _block_flops(shape, keys.in_window)
 
 
 def _block_flops(shape: BlockShape, keys: float) -> float:
@@ -381,7 +418,7 @@ def _block_activation_bytes(shape: BlockShape) -> float:
 
 
 def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = None, *, number: int = HALF) -> ByStage:
-    """Bytes of keys and values that decoding keeps per token of context, be it within a window or not.
+    """Bytes of keys and values that decoding keeps per token of context, windows or not.
 
     Args:
         config: of either model.
@@ -406,7 +443,8 @@ def cache_bytes_per_token(config: Config, tokens_per_concept: float | None = Non
 def decode_bytes(
     config: Config, context: int, batch: int = 1, tokens_per_concept: float | None = None, *, number: int = HALF
 ) -> ByStage:
-    """Bytes read per decoded token: a share of the weights, which one step of a batch reads once, and the cache.
+    """Bytes read per decoded token: a share of the weights, which one step of a batch reads once, and the cache, of
+    which blocks with a window read its last entries.
 
     Pooling, backbone and the keys and values of cross-attention are read in steps where a segment closes in at least
     one row: in a share 1 - (1 - 1/R)^batch of them, if rows close independently. Activations are left out.
@@ -429,8 +467,8 @@ def decode_bytes(
         for stage in {"pooling", "backbone", "injection"} & weights.keys():
             weights[stage] *= closing
         cache["backbone"] /= ratio  # which reads its cache once per concept
-    windows = {stage: config.windows(stage) for stage in config.layers()}
-    seen = {stage: sum(map(_past(context), each)) / len(each) for stage, each in windows.items()}
-    return ByStage(
-        {stage: weight / batch + seen.get(stage, context) * cache.get(stage, 0.0) for stage, weight in weights.items()}
-    )
+    read = dict.fromkeys(cache, float(context))
+    for stage in config.layers():
+        windows = config.windows(stage)
+        read[stage] = sum(entries_read(context, window) for window in windows) / len(windows)
+    return ByStage({x: weight / batch + read.get(x, 0.0) * cache.get(x, 0.0) for x, weight in weights.items()})

@@ -88,7 +88,7 @@ def _sizes(template: Config, free: Free) -> Iterator[tuple[dict[str, int], float
         yield {}, swiglu
     elif free == "depth":
         name = "backbone_layers" if concepts else "num_layers"
-        for layers in range(1, MOST * getattr(template, name) + 1):
+        for layers in range(getattr(template, "global_every", None) or 1, MOST * getattr(template, name) + 1):
             yield {name: layers}, swiglu
     else:
         stage = "concept" if concepts else "token"

@@ -135,7 +135,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "decoder_layers": (1, 2),
     "cross_attention_every": (None, 1),
     "pooling": ("mean", "last"),
-    "token_window": (None, None, 2),
+    "token_window": (None, 1, 3),
 }
 
 

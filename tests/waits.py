@@ -74,7 +74,9 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def masked_sdpa(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout, context: PackedLayout) -> Tensor:
+def masked_sdpa(
+    q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, layout: PackedLayout, context: PackedLayout, window: None
+) -> Tensor:
     """Attention that, like the kernels of a GPU, does not look at document lengths on the host."""
     group = q_THN.shape[1] // k_TKN.shape[1]
     k_THN, v_THN = k_TKN.repeat_interleave(group, 1), v_TKN.repeat_interleave(group, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dlcm import DLCMForCausalLM, LlamaBaselineForCausalLM
 from dlcm.boundary import LearnedDetector
-from dlcm.flops import FORWARDS_PER_STEP, ByStage, forward_flops
+from dlcm.flops import FORWARDS_PER_STEP, ByStage, forward_flops, squared_lengths
 from dlcm.global_parser import ParserStatistics, RunningStatistics, ratio_loss
 from dlcm.host import OnHost
 from train.config import BatchConfig, RunConfig
@@ -41,6 +41,7 @@ class StepSums(NamedTuple):
     target_bytes: float
     tokens: float
     squared_lengths: float  # of documents: the cost of attention goes with it
+    windowed_lengths: float  # the same within the window, if the model has one
     concepts: float
     micro_batches: float
     stops: float  # ranks that were told to stop
@@ -99,7 +100,7 @@ def forward_backward(
                 output = parallel(**inputs)
             # Ranks average their gradients, but shares want to be summed.
             (output.loss * ranks.size).backward()
-        add_to_sums_(sums, output, batch)
+        add_to_sums_(sums, output, batch, model.config.token_window)
     return sums
 
 
@@ -161,14 +162,16 @@ def model_inputs(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def add_to_sums_(sums: Tensor, output: Any, batch: PackedBatch) -> None:
-    """Adds one micro-batch's `StepSums`."""
+def add_to_sums_(sums: Tensor, output: Any, batch: PackedBatch, window: int | None) -> None:
+    """Adds one micro-batch's `StepSums`, of a model with such a `token_window`."""
+    lengths = batch.cu_seqlens.diff().tolist()  # cu_seqlens is on the CPU
     has_concepts = "concept_lengths" in output
     counted = [
         batch.num_targets,
         batch.target_bytes,
         len(batch.input_ids),
-        float(batch.cu_seqlens.diff().double().square().sum()),  # cu_seqlens is on the CPU
+        squared_lengths(lengths),
+        squared_lengths(lengths, window),
         len(output.concept_lengths) if has_concepts else 0,
         1,
         0,  # stops: the loop's to say
@@ -328,4 +331,5 @@ def training_flops(sums: StepSums, model: Model, batch: BatchConfig) -> float:
 def _forward(sums: StepSums, model: Model) -> ByStage:
     """Per token, of the step's own documents and concepts."""
     ratio = sums.tokens / sums.concepts if sums.concepts else None
-    return forward_flops(model.config, sums.squared_lengths / sums.tokens, ratio)
+    lengths, windowed = sums.squared_lengths / sums.tokens, sums.windowed_lengths / sums.tokens
+    return forward_flops(model.config, lengths, ratio, windowed_length=windowed)

@@ -5,9 +5,9 @@
              writes it into the cache, if it is not there yet
     combine  one program for a row and a query head: the parts, weighted by how much of the softmax's sum they hold
 
-A row's parts are equal shares of its own length, or of its window, which the device alone knows: however large the
-capacity, all work is spread over all parts. Grids depend on shapes only. Rows and heads are told apart in 64 bits: a
-cache may well have more than 2^31 numbers.
+A row's parts are equal shares of its own length, which the device alone knows, or of what a window leaves of it:
+however large the capacity, all work is spread over all parts. Grids depend on shapes and the window only. Rows and
+heads are told apart in 64 bits: a cache may well have more than 2^31 numbers.
 
 Scores are in base 2 throughout, as in `ragged_attention`. Legend: B rows, S the capacity of the cache, H / K query /
 key-value heads, N head dimension, P parts; in kernels, G are the H / K query heads of a key-value head, Sb the entries
@@ -169,9 +169,7 @@ def _(q_BHN, *_):
 
 
 def _parts(heads: int, entries: int, multiprocessors: int) -> int:
-    """How many parts, of `heads` key-value heads of all rows, which see so many entries: a power of two, so that few
-    kernels are compiled.
-    """
+    """How many parts, of `heads` key-value heads of all rows; a power of two, so that few kernels are compiled."""
     to_fill_all = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(heads, 1)
     most = max(min(to_fill_all, entries // MIN_PART_ENTRIES, MAX_PARTS), 1)
     return 1 << most.bit_length() - 1

@@ -1,5 +1,6 @@
 """Attention over packed documents: each backend against the softmax written out, and the choice between them."""
 
+import functools
 import inspect
 import sys
 import types
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,16 +28,29 @@ def naive_attention(
     q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, document_T: Tensor, window: int | None = None
 ) -> Tensor:
     """Masked softmax over the whole row, head by head."""
-    heads, group = q_THN.shape[1], q_THN.shape[1] // k_TKN.shape[1]
-    visible_TT = (document_T[:, None] == document_T[None, :]).tril()
+    position_T = torch.arange(len(document_T), device=document_T.device)
+    return naive_attention_to_past(q_THN, k_TKN, v_TKN, (document_T, position_T), (document_T, position_T), window)
+
+
+def naive_attention_to_past(
+    q_THN: Tensor,
+    k_UKN: Tensor,
+    v_UKN: Tensor,
+    asking: tuple[Tensor, Tensor],
+    asked: tuple[Tensor, Tensor],
+    window: int | None,
+) -> Tensor:
+    """The same from queries to keys, each of a document and at a position."""
+    heads, group = q_THN.shape[1], q_THN.shape[1] // k_UKN.shape[1]
+    back_TU = asking[1][:, None] - asked[1]
+    visible_TU = (asking[0][:, None] == asked[0]) & (back_TU >= 0)
     if window is not None:
-        index_T = torch.arange(len(document_T))
-        visible_TT &= index_T[:, None] - index_T[None, :] < window
+        visible_TU &= back_TU < window
     outputs = []
     for head in range(heads):
-        scores_TT = q_THN[:, head] @ k_TKN[:, head // group].T / q_THN.shape[2] ** 0.5
-        weights_TT = scores_TT.masked_fill(~visible_TT, -torch.inf).softmax(1)
-        outputs.append(weights_TT @ v_TKN[:, head // group])
+        scores_TU = q_THN[:, head] @ k_UKN[:, head // group].T / q_THN.shape[2] ** 0.5
+        weights_TU = scores_TU.masked_fill(~visible_TU, -torch.inf).softmax(1)
+        outputs.append(weights_TU @ v_UKN[:, head // group])
     return torch.stack(outputs, 1)
 
 
@@ -61,17 +75,43 @@ def assert_same_function(attention, reference, inputs: list[Tensor], tolerance: 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 def test_sdpa_equals_the_naive_softmax(heads: int, kv_heads: int):
     @settings(max_examples=30)
-    @given(
-        st.lists(st.integers(1, 9), min_size=1, max_size=5),
-        st.sampled_from([None, None, 1, 2, 4, 9]),
-        st.integers(0, 2**16),
-    )
-    def check(lengths: list[int], window: int | None, seed: int):
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**16))
+    def check(lengths: list[int], seed: int):
         layout = packed(lengths)
         assert_same_function(
-            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa", window=window),
-            lambda q, k, v: naive_attention(q, k, v, layout.document_T, window),
+            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa"),
+            lambda q, k, v: naive_attention(q, k, v, layout.document_T),
             random_qkv(layout.total, heads, kv_heads, head_dim=6, seed=seed),
+        )
+
+    check()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (3, 1)])
+def test_a_window_is_a_band_behind_each_position(heads: int, kv_heads: int):
+    """Windows from the position alone to more than all documents have, with and without a past."""
+
+    @settings(max_examples=30)
+    @given(
+        st.lists(st.tuples(st.integers(1, 7), st.integers(0, 5)), min_size=1, max_size=4),
+        st.booleans(),
+        st.integers(1, 13),
+        st.integers(0, 2**16),
+    )
+    @example([(5, 0), (1, 3)], True, 1, 0)
+    @example([(7, 5), (2, 0)], True, 12, 0)
+    def check(documents: list[tuple[int, int]], has_past: bool, window: int, seed: int):
+        new, past = zip(*documents, strict=True)
+        past = past if has_past else [0] * len(past)
+        layout, context = packed(new), packed([n + p for n, p in documents] if has_past else new)
+        position_T = layout.position_T + torch.tensor(past)[layout.document_T]
+        (q, _, _), (_, k, v) = (random_qkv(x.total, heads, kv_heads, 6, seed) for x in (layout, context))
+        assert_same_function(
+            lambda q, k, v: causal_attention(q, k, v, layout, "sdpa", context if has_past else None, window),
+            lambda q, k, v: naive_attention_to_past(
+                *(q, k, v), (layout.document_T, position_T), (context.document_T, context.position_T), window
+            ),
+            [q, k, v],
         )
 
     check()
@@ -181,11 +221,7 @@ def test_no_silent_fallback(backend: str):
 # The three FlashAttention backends, through stand-ins that compute naively and check what they are given
 
 
-WINDOWS = [None, 3]
-
-
 def naive_varlen(q, k, v, cu_seqlens: Tensor, longest: int, left: int | None) -> Tensor:
-    """`left` as FlashAttention has it: how far a position sees besides its own; -1 or None for all."""
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q)
     assert isinstance(longest, int) and longest == cu_seqlens.diff().max()
     document_T = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())
@@ -199,15 +235,21 @@ def stand_in(name: str, function, monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules[name].flash_attn_varlen_func = function
 
 
-def assert_equals_sdpa(backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int) -> None:
+def assert_equals_sdpa(
+    backend: str, monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, given: list[int | None]
+) -> None:
+    """With windows too; `given` gets what the stand-in is told of how far a token sees to the left."""
     monkeypatch.setattr(dlcm.attention, "resolve_backend", lambda backend, device, dtype, head_dim: backend)
     layout = packed([5, 1, 8, 2])
-    for window in WINDOWS:
-        assert_same_function(
-            lambda q, k, v, window=window: causal_attention(q, k, v, layout, backend, window=window),
-            lambda q, k, v, window=window: causal_attention(q, k, v, layout, "sdpa", window=window),
-            random_qkv(16, heads, kv_heads, head_dim=6, seed=1),
-        )
+    for window in (None, 1, 3, 7, 8):  # the last leaves nothing out
+
+        def attention(q, k, v, window=window, backend=backend):
+            return causal_attention(q, k, v, layout, backend, window=window)
+
+        reference = functools.partial(attention, backend="sdpa")
+        assert_same_function(attention, reference, random_qkv(16, heads, kv_heads, head_dim=6, seed=1))
+    endless = None if backend == "flash_attn_4" else -1
+    assert given == [endless, 0, 2, 6, endless]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
@@ -227,21 +269,25 @@ def test_flash_attn_interface(heads: int, kv_heads: int, monkeypatch: pytest.Mon
     ):
         assert causal and dropout_p == 0 and softmax_scale is None and window_size[1] == 0
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
-        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, window_size[0])
+        left.append(window_size[0])
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, left[-1])
 
+    left: list[int | None] = []
     stand_in("flash_attn", flash_attn_varlen_func, monkeypatch)
-    assert_equals_sdpa("flash_attn", monkeypatch, heads, kv_heads)
+    assert_equals_sdpa("flash_attn", monkeypatch, heads, kv_heads, left)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_flash_attn_4_interface(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch):
     def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size):
         assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
-        assert window_size[1] in (None, 0)
-        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, window_size[0]), None
+        assert window_size[1] == 0
+        left.append(window_size[0])
+        return naive_varlen(q, k, v, cu_seqlens_q, max_seqlen_q, left[-1]), None
 
+    left: list[int | None] = []
     stand_in("flash_attn.cute", flash_attn_varlen_func, monkeypatch)
-    assert_equals_sdpa("flash_attn_4", monkeypatch, heads, kv_heads)
+    assert_equals_sdpa("flash_attn_4", monkeypatch, heads, kv_heads, left)
 
 
 @pytest.fixture
@@ -277,10 +323,12 @@ def test_torch_varlen_interface(heads: int, kv_heads: int, forget_signature, mon
     ):
         assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=enable_gqa)
         assert key.shape[1] == kv_heads
-        return naive_varlen(query, key, value, cu_seq_q, max_q, window_size[0])
+        left.append(window_size[0])
+        return naive_varlen(query, key, value, cu_seq_q, max_q, left[-1])
 
+    left: list[int | None] = []
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)
+    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads, left)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
@@ -289,10 +337,12 @@ def test_torch_varlen_without_enable_gqa(heads: int, kv_heads: int, forget_signa
 
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         assert_causal_varlen_call(query, key, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, grouped=False)
-        return naive_varlen(query, key, value, cu_seq_q, max_q, window_size[0])
+        left.append(window_size[0])
+        return naive_varlen(query, key, value, cu_seq_q, max_q, left[-1])
 
+    left: list[int | None] = []
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads)
+    assert_equals_sdpa("torch_varlen", monkeypatch, heads, kv_heads, left)
 
 
 def test_the_stand_ins_take_what_torch_takes():
@@ -305,16 +355,17 @@ def test_the_stand_ins_take_what_torch_takes():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's varlen attention needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
-def test_torch_varlen_on_cuda(heads: int, kv_heads: int):
+def test_torch_varlen_on_cuda(heads: int, kv_heads: int, window: int | None):
     layout = packed([130, 1, 257, 64], CUDA)
     q, k, v = (
         x.detach().to(CUDA, torch.bfloat16).requires_grad_()
         for x in random_qkv(layout.total, heads, kv_heads, head_dim=64, seed=0)
     )
-    out = causal_attention(q, k, v, layout, "torch_varlen")
+    out = causal_attention(q, k, v, layout, "torch_varlen", window=window)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    reference = naive_attention(*wide, layout.document_T)
+    reference = naive_attention(*wide, layout.document_T, window)
     torch.testing.assert_close(out.double(), reference, rtol=2e-2, atol=4e-2)
     cotangent = torch.randn_like(out)
     gradients = torch.autograd.grad(out, (q, k, v), cotangent)

@@ -51,11 +51,11 @@ OPTIONS += [
         {"segmenter": "words", "injection": "first", "clean_start": True},
         {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
         {"pooling": "last", "injection": "closing", "cross_attention": False},
-        {"token_window": 3},
     )
 ]
-LLAMAS = ({}, {"qk_norm": True}, {"token_window": 3, "global_every": 2, "num_layers": 3})
+OPTIONS += [{"token_window": 3}]
 MODELS = [pytest.param(tiny_dlcm, options, id="-".join(map(str, options.values()))) for options in OPTIONS]
+LLAMAS: list[dict[str, Any]] = [{}, {"qk_norm": True}, {"token_window": 3, "global_every": 2}]
 MODELS += [pytest.param(tiny_baseline, options, id=f"llama{options}") for options in LLAMAS]
 BOTH = [pytest.param(tiny_dlcm, id="dlcm"), pytest.param(tiny_baseline, id="llama")]
 

@@ -45,7 +45,14 @@ OPTIONS = [
 ]
 # The rest change one thing at a time, at both visibilities where it depends on them.
 OPTIONS += [
-    DEFAULTS | other for other in ({"qk_norm": True}, {"d_scan": 8}, {"threshold": 0.45}, {"slot_weighting": "uniform"})
+    DEFAULTS | other
+    for other in (
+        {"qk_norm": True},
+        {"token_window": 3},
+        {"d_scan": 8},
+        {"threshold": 0.45},
+        {"slot_weighting": "uniform"},
+    )
 ]
 OPTIONS += [
     DEFAULTS | {"visibility": visibility} | other
@@ -55,7 +62,7 @@ OPTIONS += [
         {"clean_start": True},
         {"segmenter": "words", "injection": "first", "clean_start": True},
         {"pooling": "last", "cross_attention_every": 1, "decoder_layers": 2},
-        {"pooling": "last", "injection": "closing", "cross_attention": False, "token_window": 3},
+        {"pooling": "last", "injection": "closing", "cross_attention": False},
     )
 ]
 
@@ -191,6 +198,35 @@ def test_no_future_in_the_baseline(arrangement: Arrangement):
         assert change_T[case.future_T].max() > 1e-3
 
     check()
+
+
+@pytest.mark.parametrize(("window", "every", "reach"), [(1, None, 0), (3, None, 4), (3, 2, None)])
+def test_windows_end_what_a_llama_can_see(window: int, every: int | None, reach: int | None):
+    """Two layers see a window each, but for one that sees everything."""
+    model = tiny_baseline(4, token_window=window, global_every=every)
+    (document,) = random_documents([16], seed=4)
+    with torch.no_grad():
+        expected_LV = model(document[None]).logits[0]
+        for position in range(len(document)):
+            other = document.clone()
+            other[position] = (other[position] + 1) % VOCABULARY
+            change_L = (model(other[None]).logits[0] - expected_LV).abs().amax(1)
+            assert not change_L[:position].any()
+            end = len(document) if reach is None else min(position + reach + 1, len(document))
+            assert change_L[position:end].min() > 0
+            assert not change_L[end:].any()
+
+
+@pytest.mark.parametrize("segmenter", ["fixed", "learned"])
+def test_concepts_carry_what_is_out_of_a_window(segmenter: str):
+    model = tiny_dlcm(4, token_window=2, segmenter=segmenter)
+    assert [block.window for block in model.backbone.layers] == [None, None]
+    (document,) = random_documents([24], seed=4)
+    other = document.clone()
+    other[0] = (other[0] + 1) % VOCABULARY
+    with torch.no_grad():
+        change_LV = model(other[None]).logits[0] - model(document[None]).logits[0]
+    assert change_LV[-1].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("segmenter", ["learned", "words"])

@@ -139,7 +139,7 @@ class TestHeads:
     [
         (build, key)
         for build in BUILDERS
-        for key in ("vocab_size", "d_token", "token_ffn", "max_position_embeddings", "mup_base_width")
+        for key in ("vocab_size", "d_token", "token_ffn", "max_position_embeddings", "mup_base_width", "token_window")
     ]
     + [(tiny_baseline_config, "num_layers")]
     + [(tiny_config, f"{stage}_layers") for stage in ("encoder", "backbone", "decoder")]
@@ -163,17 +163,26 @@ def test_cross_attention_before_every_so_many_layers_of_those_that_there_are(eve
     )  # fmt: skip
 
 
-def test_windows_have_a_token_and_some_layers_without_one_need_them():
-    for build in BUILDERS:
-        rejected(build, "token_window=0", token_window=0)
-    rejected(tiny_baseline_config, "global_every=2", "token_window", global_every=2)
-    for every in (0, 3):
-        rejected(tiny_baseline_config, f"global_every={every}", token_window=2, global_every=every, num_layers=2)
-
-
 @pytest.mark.parametrize("other", [{"injection": "off"}, {"injection": "closing", "cross_attention_every": 1}])
 def test_without_cross_attention_something_else_reads_concepts(other: dict[str, Any]):
     rejected(tiny_config, "cross_attention=false", "injection", cross_attention=False, **other)
+
+
+@pytest.mark.parametrize("every", [0, -1, 3])
+def test_a_layer_without_a_window_in_every_so_many_of_those_that_there_are(every: int):
+    rejected(tiny_baseline_config, f"global_every={every}", "num_layers=2", "null", token_window=4, global_every=every)
+
+
+def test_all_layers_see_everything_without_a_window():
+    rejected(tiny_baseline_config, "global_every=2 needs a token_window", global_every=2)
+
+
+def test_windows_are_those_of_the_token_level():
+    assert tiny_config().windows("encoder") == tiny_config(token_window=4).windows("backbone")[:1] == [None]
+    assert tiny_config(token_window=4, decoder_layers=2).windows("decoder") == [4, 4]
+    sizes = {"token_window": 4, "num_layers": 7}
+    assert tiny_baseline_config(**sizes).windows("decoder") == [4] * 7
+    assert tiny_baseline_config(**sizes, global_every=3).windows("decoder") == [4, 4, None, 4, 4, None, 4]
 
 
 @pytest.mark.parametrize("segmenter", ["learned", "rule"])

@@ -27,6 +27,7 @@ TILE = 16  # entries, so that few of them make many tiles
 CAPACITY = 3 * TILE
 EDGES = [0, 1, TILE - 1, TILE, TILE + 1, 2 * TILE, CAPACITY - 1, CAPACITY]
 HEADS = [(2, 2), (4, 2), (3, 1), (8, 1)]
+WINDOWS = [1, TILE - 1, TILE, TILE + 3, CAPACITY + 1]
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ class Step:
     v_BSKN: Tensor
     length_B: Tensor
     count_BS: Tensor | None
+    window: int | None = None
 
     @property
     def arguments(self) -> tuple:
@@ -58,6 +60,7 @@ def random_step(
     capacity: int = CAPACITY,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    window: int | None = None,
 ) -> Step:
     """Keys and values are interleaved in the second layer of a cache of two, heads have NaN between them."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +68,10 @@ def random_step(
     q_BHN = 2 * torch.randn(rows, heads, head_dim, generator=generator)
     cache_BS2KN = 2 * torch.randn(rows, capacity, 2, kv_heads, head_dim, generator=generator)
     length_B = torch.tensor(lengths, dtype=torch.int32 if seed % 2 else torch.int64)
-    unseen_BS = torch.arange(capacity) >= length_B[:, None]
+    back_BS = length_B[:, None] - torch.arange(capacity)  # of the last entry, 1
+    unseen_BS = back_BS <= 0
+    if window is not None:
+        unseen_BS |= back_BS > window
     count_BS = None
     if counted:
         count_BS = torch.randint(0, 5, (rows, capacity), generator=generator, dtype=torch.int32)
@@ -74,7 +80,7 @@ def random_step(
     cache_BLS2KN = torch.stack([torch.full_like(cache_BS2KN, torch.nan), cache_BS2KN], 1).to(DEVICE, dtype)
     k_BSKN, v_BSKN = F.pad(cache_BLS2KN, (0, 8), value=torch.nan)[:, 1, ..., :head_dim].unbind(2)
     count_BS = None if count_BS is None else torch.stack([count_BS, count_BS], 1).to(DEVICE)[:, 1]
-    return Step(q_BHN.to(DEVICE, dtype), k_BSKN, v_BSKN, length_B.to(DEVICE), count_BS)
+    return Step(q_BHN.to(DEVICE, dtype), k_BSKN, v_BSKN, length_B.to(DEVICE), count_BS, window)
 
 
 def dense(step: Step) -> Tensor:
@@ -82,7 +88,9 @@ def dense(step: Step) -> Tensor:
     q_BHN, k_BSKN, v_BSKN = (x.cpu().double() for x in (step.q_BHN, step.k_BSKN, step.v_BSKN))
     out_BHN = torch.zeros_like(q_BHN)
     for row, length in enumerate(step.length_B.tolist()):
+        first = 0 if step.window is None else max(length - step.window, 0)
         times_s = torch.ones(length).int() if step.count_BS is None else step.count_BS[row, :length].cpu()
+        times_s[:first] = 0
         if not times_s.any():
             continue
         group = q_BHN.shape[1] // k_BSKN.shape[2]
@@ -122,25 +130,30 @@ HALF = {"rtol": 1e-2, "atol": 1e-2}  # inputs are exact, probabilities and outpu
     st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
     st.sampled_from(HEADS),
     st.sampled_from([16, 24]),
-    st.booleans(),
+    st.sampled_from(["counted", None, *WINDOWS]),
     st.sampled_from([1, 2, 5]),
     st.integers(0, 2**16),
 )
 def test_kernel_is_dense(
-    lengths: list[int], heads: tuple[int, int], head_dim: int, counted: bool, parts: int, seed: int
+    lengths: list[int], heads: tuple[int, int], head_dim: int, limit: int | str | None, parts: int, seed: int
 ):
-    step = random_step(lengths, *heads, head_dim, counted, seed=seed)
+    window = None if limit == "counted" else limit
+    step = random_step(lengths, *heads, head_dim, limit == "counted", seed=seed, window=window)
     with in_parts(parts):
-        assert_is_dense(decode_attention(*step.arguments), step)
+        assert_is_dense(decode_attention(*step.arguments, window=window), step)
 
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.integers(0, 20), min_size=1, max_size=4), st.sampled_from(HEADS), st.booleans(), st.integers(0, 2**16)
+    st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    st.sampled_from(HEADS),
+    st.sampled_from(["counted", None, 1, 2, 19, 21]),
+    st.integers(0, 2**16),
 )
-def test_twin_is_dense(lengths: list[int], heads: tuple[int, int], counted: bool, seed: int):
-    step = random_step(lengths, *heads, 6, counted, capacity=20, dtype=torch.float64, seed=seed)
-    assert_is_dense(decode_attention_reference(*step.arguments), step, 1e-12, 1e-12)
+def test_twin_is_dense(lengths: list[int], heads: tuple[int, int], limit: int | str | None, seed: int):
+    window = None if limit == "counted" else limit
+    step = random_step(lengths, *heads, 6, limit == "counted", 20, torch.float64, seed, window)
+    assert_is_dense(decode_attention_reference(*step.arguments, window), step, 1e-12, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -216,39 +229,6 @@ def test_no_rows_and_no_capacity():
             assert torch.equal(attend(*step.arguments), torch.zeros_like(step.q_BHN))
 
 
-@settings(max_examples=16)
-@given(
-    st.lists(st.sampled_from(EDGES), min_size=1, max_size=3),
-    st.sampled_from([1, 5, 16, 40, CAPACITY]),
-    st.sampled_from([1, 2, 5]),
-    st.booleans(),
-    st.integers(0, 2**16),
-)
-def test_a_window_is_the_last_entries_alone(lengths: list[int], window: int, parts: int, appended: bool, seed: int):
-    """By the kernel and by its twin: what is before the window may be NaN, and the rest is another, shorter cache."""
-    step = random_step(lengths, 4, 2, 16, seed=seed)
-    first_B = (step.length_B - window).clamp(min=0)
-    before_BS = torch.arange(CAPACITY, device=DEVICE) < first_B[:, None]
-    caches = [x.masked_fill(before_BS[:, :, None, None], torch.nan) for x in (step.k_BSKN, step.v_BSKN)]
-    index_BS = (torch.arange(CAPACITY, device=DEVICE) + first_B[:, None]).clamp(max=CAPACITY - 1)
-    rows_B1 = torch.arange(len(lengths), device=DEVICE)[:, None]
-    shorter = [x[rows_B1, index_BS] for x in caches]
-    expected = decode_attention_reference(step.q_BHN, *shorter, step.length_B - first_B)
-    last_B = (step.length_B - 1).clamp(min=0)
-    newest_BKN = tuple(x[rows_B1[:, 0], last_B].nan_to_num(posinf=0) for x in caches) if appended else None
-    twin = cached_attention if DEVICE.type == "cpu" else decode_attention
-    for attend in (decode_attention, twin):
-        with in_parts(parts):
-            out_BHN = attend(step.q_BHN, *caches, step.length_B, newest_BKN=newest_BKN, window=window)
-        torch.testing.assert_close(out_BHN, expected, rtol=1e-4, atol=2e-5)
-
-
-def test_a_window_has_no_counts():
-    step = random_step([5, 3], counted=True)
-    with pytest.raises(ValueError, match="where all entries count once"):
-        cached_attention(*step.arguments, window=2)
-
-
 # The newest entry, put there on the way
 
 
@@ -258,13 +238,14 @@ def test_a_window_has_no_counts():
     st.sampled_from(HEADS),
     st.sampled_from([16, 24]),
     st.sampled_from([1, 2, 5]),
+    st.sampled_from([None, *WINDOWS]),
     st.integers(0, 2**16),
 )
 def test_newest_entry_is_put_there_and_seen(
-    lengths: list[int], heads: tuple[int, int], head_dim: int, parts: int, seed: int
+    lengths: list[int], heads: tuple[int, int], head_dim: int, parts: int, window: int | None, seed: int
 ):
     """By the kernel and by its twin; nothing else of the cache changes."""
-    step = random_step(lengths, *heads, head_dim, seed=seed)
+    step = random_step(lengths, *heads, head_dim, seed=seed, window=window)
     there_BS = torch.arange(CAPACITY, device=DEVICE) == step.length_B[:, None] - 1
     last_B = (step.length_B - 1).clamp(min=0)
     rows = torch.arange(len(lengths), device=DEVICE)
@@ -272,7 +253,7 @@ def test_newest_entry_is_put_there_and_seen(
     for attend in (decode_attention, cached_attention if DEVICE.type == "cpu" else decode_attention):
         caches = [x.masked_fill(there_BS[:, :, None, None], torch.nan) for x in (step.k_BSKN, step.v_BSKN)]
         with in_parts(parts):
-            out_BHN = attend(step.q_BHN, *caches, step.length_B, newest_BKN=newest_BKN)
+            out_BHN = attend(step.q_BHN, *caches, step.length_B, newest_BKN=newest_BKN, window=window)
         assert_is_dense(out_BHN, step)
         for cache_BSKN, x_BSKN in zip(caches, (step.k_BSKN, step.v_BSKN), strict=True):
             torch.testing.assert_close(cache_BSKN, x_BSKN, rtol=0, atol=0, equal_nan=True)
@@ -282,6 +263,12 @@ def test_newest_entry_counts_once():
     step = random_step([5, 3], counted=True)
     with pytest.raises(ValueError, match="where all count once"):
         decode_attention(*step.arguments, newest_BKN=(step.k_BSKN[:, 0], step.v_BSKN[:, 0]))
+
+
+def test_no_window_over_slots():
+    step = random_step([5, 3], counted=True)
+    with pytest.raises(ValueError, match="none over slots"):
+        cached_attention(*step.arguments, window=2)
 
 
 # How a cache lies in memory
@@ -349,6 +336,7 @@ def test_operator_is_registered_as_it_should_be(counted: bool, parts: int):
                 step.v_BSKN[:, 0].nan_to_num(posinf=0),
             )
             torch.library.opcheck(torch.ops.dlcm.append_and_attend.default, appended)
+            torch.library.opcheck(torch.ops.dlcm.append_and_attend.default, (*appended, 5))
 
 
 @pytest.mark.parametrize("attend", [decode_attention, cached_attention])

@@ -11,14 +11,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlcm import DLCMConfig, DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.config import changed
 from dlcm.cross_attention import CrossAttention
 from dlcm.flops import (
+    ByStage,
     cache_bytes_per_token,
     decode_bytes,
     decode_flops,
     forward_flops,
     parameter_counts,
     prefill_flops,
+    squared_lengths,
     training_flops,
     training_memory,
     weighted_length,
@@ -128,6 +131,77 @@ def test_the_papers_pair():
     assert forward_flops(dlcm, 8192, 8).total == pytest.approx(2.01e9, rel=0.01)
 
 
+# Windows
+
+WINDOW = 40
+WINDOWED = [
+    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, token_window=WINDOW, **OPTIONS),
+    LlamaBaselineConfig(**TOKENS, num_layers=5, token_window=WINDOW),
+    LlamaBaselineConfig(**TOKENS, num_layers=5, token_window=WINDOW, global_every=2),
+]
+LAYERS = [{"encoder": 4, "decoder": 5}, {"decoder": 5}, {"decoder": 3}]  # with a window
+WITH_A_WINDOW = list(zip(WINDOWED, LAYERS, strict=True))
+
+
+def without_windows(config: DLCMConfig | LlamaBaselineConfig) -> DLCMConfig | LlamaBaselineConfig:
+    none = {"token_window": None} | ({"global_every": None} if isinstance(config, LlamaBaselineConfig) else {})
+    return changed(config, none)
+
+
+def saved(windowed: ByStage, full: ByStage) -> dict[str, float]:
+    return {stage: full.stages[stage] - cost for stage, cost in windowed.stages.items() if cost != full.stages[stage]}
+
+
+@pytest.mark.parametrize("lengths", [[400], [41], [1, 30, 40, 41, 300]], ids=str)
+@pytest.mark.parametrize(("config", "layers"), WITH_A_WINDOW, ids=["dlcm", "llama", "some"])
+def test_windows_save_the_pairs_that_are_further_apart(
+    config: DLCMConfig | LlamaBaselineConfig, layers: dict[str, int], lengths: list[int]
+):
+    """Counted position by position, where a token is half of an other to itself, as in half of L x L."""
+    pairs, near = (
+        sum(min(position + 0.5, most) for length in lengths for position in range(length)) for most in (1000, WINDOW)
+    )
+    assert squared_lengths(lengths) == 2 * pairs and squared_lengths(lengths, WINDOW) == 2 * near
+    length, windowed = weighted_length(lengths), weighted_length(lengths, WINDOW)
+    found = saved(
+        forward_flops(config, length, windowed_length=windowed), forward_flops(without_windows(config), length)
+    )
+    each = 4 * config.d_token * (pairs - near) / sum(lengths)
+    assert found == pytest.approx({stage: number * each for stage, number in layers.items()})
+    if len(lengths) == 1:
+        assert saved(forward_flops(config, length), forward_flops(without_windows(config), length)) == found
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=["dlcm", "llama", "some"])
+def test_windows_save_nothing_where_documents_are_no_longer(config: DLCMConfig | LlamaBaselineConfig):
+    for cost in (forward_flops, prefill_flops, decode_flops, decode_bytes):
+        assert cost(config, WINDOW) == cost(without_windows(config), WINDOW)
+
+
+@pytest.mark.parametrize(("config", "layers"), WITH_A_WINDOW, ids=["dlcm", "llama", "some"])
+def test_decoding_reads_the_window(config: DLCMConfig | LlamaBaselineConfig, layers: dict[str, int]):
+    beyond, full = 100 - WINDOW, without_windows(config)
+    kv_width = config.d_token // config.token_heads * config.token_kv_heads
+    assert saved(decode_flops(config, 100), decode_flops(full, 100)) == pytest.approx(
+        {stage: number * 4 * config.d_token * beyond for stage, number in layers.items()}
+    )
+    assert saved(decode_bytes(config, 100), decode_bytes(full, 100)) == pytest.approx(
+        {stage: number * 2 * 2 * kv_width * beyond for stage, number in layers.items()}
+    )
+    assert cache_bytes_per_token(config) == cache_bytes_per_token(full)  # it is kept all the same
+
+
+def test_attention_that_is_gone_had_a_window():
+    """Of the second and third of five layers, of which every second sees everything."""
+    config = changed(WINDOWED[2], {"quantiser": "bits"})
+    full = without_windows(config)
+    for layer, layers in ((1, 3), (2, 2)):
+        gone = {"channels_left": {f"decoder.layers.{layer}.attention": [0, 0]}}
+        found = saved(forward_flops(changed(config, gone), 400), forward_flops(changed(full, gone), 400))
+        further = 200 - (WINDOW - WINDOW**2 / 800)
+        assert found == pytest.approx({"decoder": layers * 4 * config.d_token * further})
+
+
 # Parameters
 
 
@@ -145,7 +219,9 @@ def test_parameters_of_every_configuration_are_exact(path: Path):
     assert sum(parameter_counts(config).values()) == built(config).num_parameters()
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS, {"injection": "first"}], ids=["", "options", "first"])
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS, {"injection": "first"}, CLOSING], ids=["", "options", "first", "closing"]
+)
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("smoothing", ["adjacent", "none"])
 @pytest.mark.parametrize("segmenter", ["learned", "rule", "fixed"])
@@ -189,29 +265,9 @@ CONFIGS = [
     DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, **OPTIONS),
     LlamaBaselineConfig(**TOKENS, num_layers=3),
 ]
-WINDOWS = [
-    DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160, token_window=32),
-    LlamaBaselineConfig(**TOKENS, num_layers=3, token_window=32, global_every=3),
-]
 
 
-def test_a_window_saves_the_products_with_what_lies_before_it():
-    """Counted pair by pair, less half a pair a token, as everywhere: the causal half of L x L has no diagonal."""
-    length, window = 400, 32
-    narrow, wide = (
-        LlamaBaselineConfig(**TOKENS, num_layers=3, token_window=x, global_every=3) for x in (window, length)
-    )
-    pairs = sum(max(position + 1 - window, 0) for position in range(length))  # of two layers, not of the third
-    saved = forward_flops(wide, length).total - forward_flops(narrow, length).total
-    assert saved * length == pytest.approx(2 * 4 * wide.d_token * pairs, rel=0.01)
-    read = decode_bytes(wide, length).total - decode_bytes(narrow, length).total
-    assert read == pytest.approx(2 * (length - window) * cache_bytes_per_token(wide).total / 3)
-    dlcm, seen = WINDOWS[0], forward_flops(DLCMConfig(**TOKENS, d_concept=96, concept_heads=4, concept_ffn=160), length)
-    fewer = {s: flops for s, flops in forward_flops(dlcm, length).stages.items() if flops < seen.stages[s]}
-    assert fewer.keys() == {"encoder", "decoder"}  # concepts have no window
-
-
-@pytest.mark.parametrize("config", CONFIGS + WINDOWS, ids=["dlcm", "llama", "dlcm-window", "llama-window"])
+@pytest.mark.parametrize("config", CONFIGS + WINDOWED)
 def test_a_prompt_costs_what_decoding_it_would(config: DLCMConfig | LlamaBaselineConfig):
     """Token by token, but for the heads of all tokens but the last."""
     length = 400

@@ -31,8 +31,8 @@ OPTIONS = [
         strict=True,
     )
 ]
-OPTIONS += [{"visibility": "closed", "injection": "every"}]
 OPTIONS += [{"visibility": "inclusive", "injection": "closing", "cross_attention": False}]
+OPTIONS += [{"visibility": "closed", "injection": "every"}, {"visibility": "closed", "token_window": 3}]
 OPTIONS += [{"visibility": "closed", "pooling": "last", "cross_attention_every": 1, "decoder_layers": 2}]
 lengths_of_documents = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 

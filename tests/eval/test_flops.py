@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlcm import DLCMConfig, LlamaBaselineConfig
+from dlcm.config import changed
 from dlcm.flops import decode_bytes, forward_flops, parameter_counts
 from eval.flops import from_checkpoint, from_run, main, sweep
 from eval.loading import EvaluationError
@@ -51,8 +52,9 @@ def test_matches_are_within_a_per_cent_and_change_nothing_else(wanted: Path, tem
         assert forward_flops(found.config, 8192).stages["encoder"] == forward_flops(config, 8192).stages["encoder"]
 
 
-def test_a_model_matches_itself_without_change() -> None:
-    config = config_of(LLAMA)
+@pytest.mark.parametrize("windows", [{}, {"token_window": 512, "global_every": 4}], ids=["", "windows"])
+def test_a_model_matches_itself_without_change(windows: dict[str, int]) -> None:
+    config = changed(config_of(LLAMA), windows)
     assert match(config, forward_flops(config, 8192).total, 8192, "depth").changes == {}
 
 

@@ -23,7 +23,8 @@ import dlcm.compilation
 import train.pretrain as pretrain_module
 import train.saving
 import train.step as step_module
-from dlcm import DLCMForCausalLM
+from dlcm import DLCMForCausalLM, LlamaBaselineConfig, LlamaBaselineForCausalLM
+from dlcm.baseline import LlamaBaselineOutput
 from dlcm.causal_lm import PackedCausalLM
 from dlcm.flops import forward_flops
 from dlcm.global_parser import ratio_loss
@@ -629,6 +630,17 @@ def test_steps_flops_are_of_the_real_documents_and_concepts():
     ahead = forward.stages["encoder"] + forward.stages["detector"]  # to count boundaries
     flops = [step_module.training_flops(sums, model, BatchConfig(1, 2, count)) for count in ("ahead", "running")]
     assert flops == pytest.approx([40 * (3 * forward.total + ahead), 40 * 3 * forward.total])
+
+
+def test_steps_flops_are_of_each_documents_window():
+    config = LlamaBaselineConfig(vocab_size=20, d_token=16, token_heads=2, token_ffn=16, num_layers=2, token_window=8)
+    model = LlamaBaselineForCausalLM(config)
+    lengths, ids = [10, 30], torch.zeros(40, dtype=torch.int64)
+    batch = PackedBatch(ids, ids, torch.tensor([0, 10, 40], dtype=torch.int32), 30, 40, 40)
+    sums = torch.zeros(len(StepSums._fields), dtype=torch.float64)
+    step_module.add_to_sums_(sums, LlamaBaselineOutput(ce_loss=torch.ones(())), batch, config.token_window)
+    expected = sum(3 * length * forward_flops(config, length).total for length in lengths)
+    assert step_module.model_flops(StepSums(*sums.tolist()), model) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
