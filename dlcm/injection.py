@@ -10,6 +10,8 @@ Not in the paper. Cross-attention has to find the newest concept among all; here
                     token passes through all layers, elsewhere through those of encoder and decoder
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,9 +49,9 @@ class Injection(nn.Module):
             return projected_ME.to(wide)
         return F.rms_norm(projected_ME.to(wide), projected_ME.shape[-1:], eps=self.eps)
 
-    def seen_by(self, newest_TE: Tensor, first_T: Tensor) -> Tensor:
-        """What each token gets of its newest concept, which those in `first_T` are the first to see."""
-        return newest_TE if self.gate is not None else newest_TE.masked_fill(~first_T[:, None], 0)
+    def seen_by(self, newest_TE: Tensor, first_T: Callable[[], Tensor]) -> Tensor:
+        """What each token gets of its newest concept; `first_T` says, if it matters, which are the first to see it."""
+        return newest_TE if self.gate is not None else newest_TE.masked_fill(~first_T()[:, None], 0)
 
     def enter(self, newest_TE: Tensor, layer: int, x_TE: Tensor) -> Tensor:
         """What a decoder layer gets: the residual stream, with what `forward` made of each token's newest concept."""

@@ -239,7 +239,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
             injected_ME = self.injection(z_MC)
             injected_SE = injected_ME.new_zeros(layout.num_slots, injected_ME.shape[1])
             newest_TE = injected_SE.index_copy(0, layout.slot_M, injected_ME).index_select(0, layout.slot_T)
-            newest_TE = self.injection.seen_by(newest_TE, layout.closing_T)
+            newest_TE = self.injection.seen_by(newest_TE, lambda: layout.closing_T)
 
         def attend(number: int, x_TE: Tensor) -> Tensor:
             return self.cross_attentions[number](x_TE, z_MC, layout)
@@ -326,8 +326,10 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
         newest_TE = None
         if self.injection is not None:
-            first_T = closing(decided.boundary_T, tokens, self.config.visibility)
-            newest_TE = self.injection.seen_by(cache.slots["injected"][0][new.row_T, slot_T], first_T)
+            newest_TE = self.injection.seen_by(
+                cache.slots["injected"][0][new.row_T, slot_T],
+                lambda: closing(decided.boundary_T, tokens, self.config.visibility),
+            )
         h_TE = self.through_decoder(h_TE, tokens, attend, newest_TE, cache.stack("decoder", cache.tokens, where))
         return self.decoder_norm(h_TE), decided
 
@@ -436,7 +438,7 @@ class DLCMForCausalLM(PackedCausalLM[ConceptCache]):
 
         newest_BE = None
         if self.injection is not None:
-            newest_BE = self.injection.seen_by(cache.newest_injected(), read.closing_B)
+            newest_BE = self.injection.seen_by(cache.newest_injected(), lambda: read.closing_B)
         past = cache.stack("decoder", cache.tokens, where)
         h_BE = self.through_decoder(read.h_BE, where.layout, attend, newest_BE, past)
         cache.length_B += active_B
